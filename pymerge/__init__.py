@@ -1,0 +1,68 @@
+"""pymerge: merge the weights of fine-tuned models, streamed, resumable, deterministic to the
+bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pymerge._version import __version__
+from pymerge.errors import (
+    BackendError,
+    CheckpointError,
+    InterruptedMerge,
+    PlanError,
+    PymergeError,
+    RecipeError,
+    StorageError,
+)
+
+if TYPE_CHECKING:
+    from pymerge import methods
+    from pymerge.api import load_recipe, merge, plan, verify
+    from pymerge.engine.run import MergeReport
+    from pymerge.in_memory import merge_tensor
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "InterruptedMerge",
+    "MergeReport",
+    "PlanError",
+    "PymergeError",
+    "RecipeError",
+    "StorageError",
+    "__version__",
+    "load_recipe",
+    "merge",
+    "merge_tensor",
+    "methods",
+    "plan",
+    "verify",
+]
+
+# Loaded on first use, so that `import pymerge` and `pymerge --help` cost nothing.
+_HOMES = {
+    "load_recipe": ("pymerge.api", "load_recipe"),
+    "merge": ("pymerge.api", "merge"),
+    "plan": ("pymerge.api", "plan"),
+    "verify": ("pymerge.api", "verify"),
+    "merge_tensor": ("pymerge.in_memory", "merge_tensor"),
+    "MergeReport": ("pymerge.engine.run", "MergeReport"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "methods":
+        return import_module("pymerge.methods")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pymerge' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

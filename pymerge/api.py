@@ -1,0 +1,196 @@
+"""The Python API: plan a merge, run it, verify its output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pymerge.errors import PymergeError
+from pymerge.machine import available_cpus, available_memory
+from pymerge.methods import specs
+from pymerge.sizes import parse_size
+
+if TYPE_CHECKING:
+    from pymerge.checkpoint import VerifyReport
+    from pymerge.engine.events import Snapshot
+    from pymerge.engine.run import MergeReport, NonFinite
+    from pymerge.plan import Plan
+    from pymerge.recipe import Recipe
+
+RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
+
+#: Reads and writes in flight beside the compute threads.
+READERS = 6
+#: Share of the available memory that a merge takes where no budget is given, and its bounds.
+MEMORY_SHARE = 0.5
+MEMORY_BOUNDS = (256 << 20, 16 << 30)
+
+
+def load_recipe(recipe: RecipeSource, *, strict: bool = False) -> Recipe:
+    """Read and check a recipe: a YAML file, YAML text, or a mapping, in the dialect of mergekit.
+
+    :param strict: make warnings errors.
+    :raises RecipeError: a key, method, parameter or model is wrong; the message names all findings.
+    """
+    from pymerge.recipe import load_recipe as load
+
+    source = os.fspath(recipe) if isinstance(recipe, os.PathLike) else recipe
+    return load(source, specs=specs(), strict=strict)
+
+
+def plan(
+    recipe: RecipeSource | Recipe,
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    shard_size: int | str | None = None,
+    backend: str | None = None,
+    strict: bool = False,
+    allow_pickle: bool = False,
+    allow_missing: bool = False,
+) -> Plan:
+    """Decide everything a merge will do; only headers are read.
+
+    :param recipe: what :func:`load_recipe` takes, or what it returned.
+    :param memory: bytes for the whole process, or a text such as ``"2GiB"``; default: half of the
+        available memory, at most 16 GiB. The result does not depend on it.
+    :param threads: compute threads, default all CPUs available. The result does not depend on it.
+    :param shard_size: bytes of an output shard, default 5 GB.
+    :param backend: ask for a backend by name; default: the first that can do every op.
+    :param strict: make the recipe's warnings errors.
+    :param allow_pickle: accept PyTorch's pickled ``.bin`` files, through
+        ``torch.load(weights_only=True)``.
+    :param allow_missing: merge a tensor without the models that lack it instead of failing.
+    :raises RecipeError: the recipe is wrong.
+    :raises CheckpointError: an input is not a valid checkpoint.
+    :raises PlanError: recipe and inputs do not fit together, or not into the memory.
+    :raises BackendError: the backend asked for cannot run here.
+    """
+    from pymerge.plan import SHARD_BYTES, make_plan
+    from pymerge.recipe import Recipe
+
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, strict=strict)
+    if threads is not None and threads < 1:
+        raise PymergeError(f"threads: expected at least 1, found {threads}")
+    shard_bytes = SHARD_BYTES if shard_size is None else parse_size(shard_size, "shard size")
+    if shard_bytes < 1:
+        raise PymergeError(f"shard size: expected at least 1 byte, found {shard_bytes}")
+    return make_plan(
+        loaded,
+        memory=default_memory() if memory is None else parse_size(memory, "memory"),
+        threads=threads or available_cpus(),
+        readers=READERS,
+        shard_bytes=shard_bytes,
+        backend=backend,
+        allow_pickle=allow_pickle,
+        allow_missing=allow_missing,
+        strict=strict,
+    )
+
+
+def merge(
+    recipe: RecipeSource | Recipe | Plan,
+    out: str | os.PathLike[str],
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    shard_size: int | str | None = None,
+    backend: str | None = None,
+    strict: bool = False,
+    allow_pickle: bool = False,
+    allow_missing: bool = False,
+    overwrite: bool = False,
+    nonfinite: NonFinite = "warn",
+    sync: bool = True,
+    cache_output: bool | None = None,
+    read_method: str | None = None,
+    trace: str | os.PathLike[str] | None = None,
+    progress: Callable[[Snapshot], None] | None = None,
+    resume_hint: str = "run the same merge again",
+) -> MergeReport:
+    """Merge the checkpoints of a recipe into a model folder at ``out``.
+
+    The output is whole or is not a model: until the last file is in place no loader accepts it. A
+    run that was killed continues when the same merge is started again, with the same bytes as
+    without the kill.
+
+    :param recipe: what :func:`plan` takes, or a plan; with a plan the parameters up to
+        ``allow_missing`` are part of it already.
+    :param out: output folder; created if it does not exist.
+    :param overwrite: replace a model that ``out`` holds; without it that is an error.
+    :param nonfinite: ``"warn"`` reports NaN and infinite elements, ``"fail"`` leaves the merge
+        unfinished.
+    :param sync: make the output durable against power loss before it is committed (fsync).
+    :param cache_output: leave the output in the page cache; default: where it is small against
+        memory.
+    :param read_method: force how sources are read: dontcache, direct, buffered or plain.
+    :param trace: write a Chrome trace of every read, computation and write to this file.
+    :param progress: called about ten times a second with a :class:`Snapshot`.
+    :param resume_hint: how to continue, for the message of an interruption.
+    :raises StorageError: reading or writing failed (no space, device error, source changed).
+    :raises InterruptedMerge: SIGINT or SIGTERM; the state can be resumed.
+
+    Raises also what :func:`plan` raises.
+    """
+    from pymerge.engine import make_manifest, run_plan, side_files
+    from pymerge.engine.rates import known_floor
+    from pymerge.engine.sources import METHODS
+    from pymerge.plan import Plan
+
+    if nonfinite not in ("warn", "fail"):
+        raise PymergeError(f"nonfinite: expected 'warn' or 'fail', found {nonfinite!r}")
+    if read_method is not None and read_method not in METHODS:
+        raise PymergeError(f"read_method: expected one of {METHODS}, found {read_method!r}")
+    decided = (
+        recipe
+        if isinstance(recipe, Plan)
+        else plan(
+            recipe,
+            memory=memory,
+            threads=threads,
+            shard_size=shard_size,
+            backend=backend,
+            strict=strict,
+            allow_pickle=allow_pickle,
+            allow_missing=allow_missing,
+        )
+    )
+    folder = Path(out)
+    if cache_output is None:
+        cache_output = decided.bytes_written < available_memory() // 4
+    files = side_files(decided)
+    return run_plan(
+        decided,
+        folder,
+        side_files=files,
+        make_manifest=lambda output: make_manifest(decided, output.records, files),
+        overwrite=overwrite,
+        nonfinite=nonfinite,
+        sync=sync,
+        drop_cache=not cache_output,
+        read_method=read_method,
+        floor_seconds=known_floor(decided, folder),
+        trace=None if trace is None else Path(trace),
+        progress=progress,
+        resume_hint=resume_hint,
+    )
+
+
+def verify(
+    out: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Reread an output folder and compare every byte with the checksums of its manifest.
+
+    :raises CheckpointError: the folder has no manifest that can be read.
+    """
+    from pymerge.checkpoint import verify_folder
+
+    return verify_folder(Path(out), progress=progress)
+
+
+def default_memory() -> int:
+    """The budget where none is given: half of the memory available, within bounds."""
+    low, high = MEMORY_BOUNDS
+    return min(high, max(low, int(available_memory() * MEMORY_SHARE)))

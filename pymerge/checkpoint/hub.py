@@ -1,0 +1,109 @@
+"""Models from the Hugging Face hub: from the local cache, else from the network."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pymerge.checkpoint.index import INDEX_SUFFIX, read_index
+from pymerge.checkpoint.strict_json import shown
+from pymerge.errors import CheckpointError
+
+NO_ADAPTERS = (
+    "LoRA adapters are not supported in this version: merge the adapter into its base with PEFT "
+    "(merge_and_unload, save_pretrained) and name the result"
+)
+SIDE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*.py")
+WEIGHT_PATTERNS = ("*.safetensors",)
+PICKLE_PATTERNS = ("*.bin",)
+#: The same weights a second time, or for another runtime.
+IGNORED_PATTERNS = ("consolidated*", "original/*", "onnx/*", "openvino/*")
+
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
+
+
+def download(reference: str, *, allow_pickle: bool = False) -> Path:
+    """The folder of a hub model in the local cache, downloaded where it is not there yet.
+
+    ``reference`` is ``id`` or ``id@revision`` and no existing path. Raises CheckpointError that
+    says why neither a local path nor a hub id worked.
+    """
+    hub_id, revision = parse_hub_reference(reference)
+    patterns = [*SIDE_PATTERNS, *WEIGHT_PATTERNS]
+    reasons = []
+    for cached_only in (True, False):
+        try:
+            folder = _snapshot(hub_id, revision, patterns, cached_only)
+            if not _has_weights(folder) and allow_pickle:
+                folder = _snapshot(hub_id, revision, [*patterns, *PICKLE_PATTERNS], cached_only)
+        # The hub client raises many kinds (its own, httpx, OSError); all mean "not to be had", and
+        # the reason is passed on.
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {_first_line(error)}")
+            continue
+        if _has_weights(folder):
+            return folder
+        reasons.append("no complete weights in safetensors files under their usual names")
+    raise CheckpointError(
+        f"model {shown(reference)}: expected an existing path or a model on the hub, found "
+        f"neither: there is no such path; in the hub's local cache: {reasons[0]}; from the hub: "
+        f"{reasons[-1]}. Check the spelling, the network and HF_HUB_OFFLINE, log in with 'hf auth "
+        "login' for a gated model, or allow pickles for a model that has PyTorch files only"
+    )
+
+
+def parse_hub_reference(reference: str) -> tuple[str, str | None]:
+    """Hub id and revision. Raises CheckpointError where the text can be no hub id."""
+    hub_id, at, revision = reference.partition("@")
+    if "+" in reference:
+        raise CheckpointError(
+            f"model {shown(reference)}: expected a path or hub id, found base+adapter; "
+            f"{NO_ADAPTERS}"
+        )
+    if at and os.path.exists(hub_id):
+        raise CheckpointError(
+            f"model {shown(reference)}: expected a hub id before '@', found a local path, which "
+            f"has no revisions; write {shown(hub_id)}"
+        )
+    if not _HUB_ID.fullmatch(hub_id) or hub_id.endswith(".safetensors"):
+        raise CheckpointError(
+            f"model {shown(reference)}: expected an existing path or a hub id such as "
+            "'owner/name', found no such path, and it cannot be a hub id; check the spelling and "
+            "the current folder"
+        )
+    if at and not revision:
+        raise CheckpointError(
+            f"model {shown(reference)}: expected a revision after '@', found nothing; write one "
+            "or drop the '@'"
+        )
+    return hub_id, revision or None
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: list[str], cached_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(IGNORED_PATTERNS),
+            local_files_only=cached_only,
+        )
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all files of every index, or weights without an index, are there."""
+    indices = list(folder.glob(f"*{INDEX_SUFFIX}"))
+    if not indices:
+        return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    return any(
+        all((folder / name).exists() for name in read_index(index).values()) for index in indices
+    )

@@ -1,0 +1,362 @@
+"""The command line: parses, calls the API, prints.
+
+Everything heavy is imported inside the commands, so that ``pymerge --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pymerge._version import __version__
+from pymerge.errors import PymergeError
+
+app = typer.Typer(
+    name="pymerge",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Merge the weights of fine-tuned models: streamed, resumable, deterministic to the bit.",
+    epilog="Exit codes: 0 done, 2 your input is wrong, 3 storage failed, 130 interrupted.",
+)
+
+_debug = False
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(help="Recipe in mergekit's YAML dialect.", metavar="RECIPE")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory for the whole process, e.g. 2GiB. Default: half of what is available.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, metavar="N", help="Compute threads. Default: all CPUs."),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard-size", metavar="SIZE", help="Largest output file. Default: 5GB."),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option("--backend", metavar="NAME", help="Demand a backend instead of the best one."),
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Treat warnings about the recipe as errors.")
+]
+PickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Accept .bin files, read by torch.load(weights_only=True)."
+    ),
+]
+MissingOption = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Merge a tensor without the models that lack it."),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pymerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error.", envvar="PYMERGE_DEBUG"),
+    ] = False,
+) -> None:
+    """Options that come before the command."""
+    global _debug
+    _debug = _debug or debug
+
+
+@app.command()
+def merge(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Argument(help="Output model folder.", metavar="OUT")],
+    memory: MemoryOption = None,
+    threads: ThreadsOption = None,
+    shard_size: ShardOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that OUT holds.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Write a Chrome trace of each read, computation and write.",
+        ),
+    ] = None,
+    non_finite: Annotated[
+        str,
+        typer.Option(
+            "--non-finite",
+            metavar="warn|fail",
+            help="What NaN and infinite elements in the result mean.",
+        ),
+    ] = "warn",
+    sync: Annotated[
+        bool,
+        typer.Option(
+            "--sync/--no-sync",
+            help="Make the output safe against power loss (fsync) before it counts as done.",
+        ),
+    ] = True,
+    cache_output: Annotated[
+        str,
+        typer.Option(
+            "--cache-output",
+            metavar="auto|keep|drop",
+            help="Leave the output in the page cache, for an evaluation that follows.",
+        ),
+    ] = "auto",
+    read_method: Annotated[
+        str | None,
+        typer.Option(
+            "--read-method",
+            metavar="NAME",
+            help="Force how inputs are read: dontcache, direct, buffered, plain.",
+        ),
+    ] = None,
+    backend: BackendOption = None,
+    strict: StrictOption = False,
+    allow_pickle: PickleOption = False,
+    allow_missing: MissingOption = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Merge the models of RECIPE into the folder OUT. Run it again to continue a stopped merge."""
+    global _debug
+    _debug = _debug or debug
+    from pymerge import api
+    from pymerge.terminal import Display, print_report, print_warnings
+
+    caches = {"auto": None, "keep": True, "drop": False}
+    if cache_output not in caches:
+        raise PymergeError(f"--cache-output: expected auto, keep or drop, found {cache_output!r}")
+    planned = api.plan(
+        recipe,
+        memory=memory,
+        threads=threads,
+        shard_size=shard_size,
+        backend=backend,
+        strict=strict,
+        allow_pickle=allow_pickle,
+        allow_missing=allow_missing,
+    )
+    if not quiet:
+        print_warnings(planned.warnings)
+    with Display(enabled=not quiet) as display:
+        report = api.merge(
+            planned,
+            out,
+            overwrite=overwrite,
+            nonfinite=non_finite,  # type: ignore[arg-type]
+            sync=sync,
+            cache_output=caches[cache_output],
+            read_method=read_method,
+            trace=trace,
+            progress=display.update,
+            resume_hint=f"run {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        )
+    if not quiet:
+        print_report(report)
+    elif report.nonfinite:
+        typer.echo(f"warning: {len(report.nonfinite)} tensors hold non-finite elements", err=True)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    memory: MemoryOption = None,
+    threads: ThreadsOption = None,
+    shard_size: ShardOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every output tensor.")] = False,
+    folder: Annotated[
+        Path,
+        typer.Option(
+            "--folder",
+            metavar="DIR",
+            help="Folder whose storage the floor is estimated for, on a scratch file.",
+        ),
+    ] = Path("."),
+    backend: BackendOption = None,
+    strict: StrictOption = False,
+    allow_pickle: PickleOption = False,
+    allow_missing: MissingOption = False,
+) -> None:
+    """Print what a merge will do: jobs, bytes, memory, backends, time floor. Reads headers only."""
+    from pymerge import api
+    from pymerge.engine.rates import existing_parent, floor_seconds, known_rates, measure_rates
+    from pymerge.terminal import print_plan
+
+    planned = api.plan(
+        recipe,
+        memory=memory,
+        threads=threads,
+        shard_size=shard_size,
+        backend=backend,
+        strict=strict,
+        allow_pickle=allow_pickle,
+        allow_missing=allow_missing,
+    )
+    place = existing_parent(folder)
+    rates = known_rates(place) or measure_rates(place)
+    print_plan(planned, rates, floor_seconds(planned, rates), as_json=as_json, tensors=tensors)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="Folder that pymerge wrote.", metavar="OUT")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print problems only.")] = False,
+) -> None:
+    """Reread a merged folder and compare every byte with the checksums of its manifest."""
+    from pymerge import api
+    from pymerge.sizes import format_size
+
+    report = api.verify(out)
+    for problem in report.problems:
+        typer.echo(problem, err=True)
+    if report.problems:
+        raise PymergeError(f"{out} is damaged: {len(report.problems)} problems, see above")
+    if not quiet:
+        typer.echo(
+            f"{out} is whole: {report.files_checked} files, {format_size(report.num_bytes)} checked"
+        )
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Model folder, file or hub id.", metavar="CKPT")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read the data too and count non-finite elements.")
+    ] = False,
+    allow_pickle: PickleOption = False,
+) -> None:
+    """List the tensors of a checkpoint, as its validated headers give them."""
+    from pymerge.checkpoint import open_checkpoint
+    from pymerge.terminal import print_checkpoint
+
+    opened = open_checkpoint(checkpoint, allow_pickle=allow_pickle)
+    counts = None
+    if check:
+        from pymerge.engine.scan import count_nonfinite
+
+        counts = count_nonfinite(opened)
+    print_checkpoint(opened, counts, as_json=as_json)
+
+
+@app.command()
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Show one method with its parameters.", metavar="NAME")
+    ] = None,
+) -> None:
+    """List the merge methods, or the parameters of one."""
+    from pymerge.methods import METHODS, get_method
+    from pymerge.terminal import print_method, print_methods
+
+    if name is None:
+        print_methods([entry.spec for entry in METHODS.values()])
+    else:
+        print_method(get_method(name).spec)
+
+
+@app.command()
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure storage and memory rates (64 MiB).")
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option("--folder", metavar="DIR", help="Folder whose storage is examined.")
+    ] = Path("."),
+) -> None:
+    """Tell what is available on this machine, and why the rest is not."""
+    from pymerge.doctor import examine
+
+    for line in examine(folder).lines():
+        typer.echo(line)
+    if measure:
+        from pymerge.engine.rates import existing_parent, measure_rates
+        from pymerge.sizes import format_size
+
+        rates = measure_rates(existing_parent(folder))
+        typer.echo(
+            f"measured: device read {format_size(rates.read)}/s, cached read "
+            f"{format_size(rates.cached_read)}/s, durable write "
+            f"{format_size(rates.write)}/s, memory copy "
+            f"{format_size(rates.copy)}/s"
+        )
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for models, plot and results.")
+    ] = Path("demo"),
+) -> None:
+    """Train small models on scikit-learn's digits, merge them with every method, print a table."""
+    from rich.console import Console
+
+    from pymerge.demo import run_demo
+
+    run_demo(out, Console())
+
+
+def main() -> None:
+    """Entry point: run a command; an error of ours becomes a message and its exit code."""
+    try:
+        app(standalone_mode=False)
+    except PymergeError as error:
+        if _debug:
+            raise
+        _fail(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os._exit(141)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        _show_usage_error(error)
+        raise
+
+
+def _show_usage_error(error: Any) -> None:
+    """A mistake in the options themselves, which the option parser words."""
+    show = getattr(error, "show", None)
+    if show is not None and hasattr(error, "exit_code"):
+        show()
+        sys.exit(error.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(message, err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

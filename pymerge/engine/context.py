@@ -1,0 +1,62 @@
+"""What the tasks of one run share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from pymerge.engine.blocks import BlockPool, Stopped
+from pymerge.engine.events import Events
+from pymerge.engine.output import Output
+from pymerge.engine.sources import Sources
+from pymerge.plan import Plan
+
+
+class Context:
+    """Plan, files, blocks and threads of one run.
+
+    A task carries its tile through all three stages; there are ``readers`` more tasks than compute
+    slots, so that some read or write while others compute.
+    """
+
+    def __init__(self, plan: Plan, sources: Sources, output: Output, events: Events) -> None:
+        tiling = plan.tiling
+        self.plan = plan
+        self.sources = sources
+        self.output = output
+        self.events = events
+        self.pool = BlockPool(tiling.block_bytes, tiling.num_blocks)
+        self._tasks = ThreadPoolExecutor(
+            tiling.threads + tiling.readers, thread_name_prefix="pymerge-task"
+        )
+        self._slots = threading.Semaphore(tiling.threads)
+        self._stopping = threading.Event()
+
+    def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Queue a task that owns its blocks."""
+        return self._tasks.submit(task, *args)
+
+    @contextmanager
+    def computing(self, tensor: str, num_bytes: int) -> Iterator[None]:
+        """Hold one of the compute slots."""
+        with self._slots:
+            if self._stopping.is_set():
+                raise Stopped
+            with self.events.stage("compute", tensor, num_bytes):
+                yield
+
+    def stop(self) -> None:
+        """Let tasks in flight finish their stage and start nothing new."""
+        self._stopping.set()
+        self.pool.stop()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def close(self) -> None:
+        self._tasks.shutdown(wait=True)
+        self.sources.close()

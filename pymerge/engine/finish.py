@@ -1,0 +1,82 @@
+"""The files beside the weights: configuration, tokenizer, model card, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pymerge.checkpoint import (
+    Checkpoint,
+    FileRecord,
+    companion_files,
+    config_json,
+    manifest_json,
+    tokenizer_files,
+)
+from pymerge.engine.journal import Record
+from pymerge.errors import StorageError
+from pymerge.plan import Plan
+from pymerge.report.card import CardModel, model_card
+
+CARD_NAME = "README.md"
+
+
+def side_files(plan: Plan) -> dict[str, bytes]:
+    """Name below the output folder → content, the manifest excluded.
+
+    :raises StorageError: a file of a donor cannot be read.
+    """
+    files: dict[str, bytes] = {}
+    for donor, paths in (
+        (plan.donor, companion_files(plan.donor)),
+        (plan.tokenizer_donor, tokenizer_files(plan.tokenizer_donor)),
+    ):
+        for path in paths:
+            if donor.folder is not None:
+                files[path.relative_to(donor.folder).as_posix()] = _content(path)
+    if plan.config is not None:
+        files["config.json"] = config_json(plan.config)
+    files[CARD_NAME] = _card(plan).encode()
+    return files
+
+
+def make_manifest(plan: Plan, records: Mapping[str, Record], files: Mapping[str, bytes]) -> bytes:
+    """The manifest of a finished merge."""
+    return manifest_json(
+        recipe=plan.recipe_text,
+        method=plan.method.spec.name,
+        plan_hash=plan.hash,
+        inputs=tuple(plan.checkpoints.values()),
+        backends=plan.ops.backends,
+        shards=plan.shards,
+        checksums={name: record.crc32c for name, record in records.items()},
+        nonfinite={name: record.nonfinite for name, record in records.items()},
+        files={name: FileRecord.of_bytes(content) for name, content in files.items()},
+    )
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}, which the output needs: {error}") from error
+
+
+def _card(plan: Plan) -> str:
+    sizes: dict[str, int] = {}
+    for job in plan.jobs:
+        sizes[job.format.name] = sizes.get(job.format.name, 0) + job.num_bytes
+    spec = plan.method.spec
+    return model_card(
+        title=f"Merged model ({spec.name})",
+        method=spec,
+        models=[_card_model(checkpoint) for checkpoint in plan.checkpoints.values()],
+        base=None if spec.base == "input" else _card_model(plan.donor),
+        recipe=plan.recipe_text,
+        dtype=max(sizes, key=lambda name: (sizes[name], name)),
+        num_tensors=len(plan.jobs),
+    )
+
+
+def _card_model(checkpoint: Checkpoint) -> CardModel:
+    return CardModel(checkpoint.reference, checkpoint.hub_id)

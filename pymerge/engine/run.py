@@ -1,0 +1,228 @@
+"""Run a plan: a few lanes take jobs in order, tasks stream their tiles, the output commits at the
+end."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from pymerge.engine.blocks import Stopped
+from pymerge.engine.context import Context
+from pymerge.engine.events import Events, Snapshot
+from pymerge.engine.model_look import measure_model
+from pymerge.engine.output import Output
+from pymerge.engine.sources import Sources
+from pymerge.engine.tensor_run import TensorRun
+from pymerge.errors import InterruptedMerge, PymergeError, StorageError
+from pymerge.plan import Plan
+
+#: Jobs in progress at once: while one computes, the next is read.
+NUM_LANES = 4
+NonFinite = Literal["warn", "fail"]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    ``stage_seconds`` sums the time of all threads in each stage; ``floor_fraction`` is the time
+    that the storage alone needs (as measured on this machine) over the time taken, None where the
+    storage was not measured; ``peak_memory`` is the peak resident size of the process in bytes.
+    """
+
+    out: Path
+    method: str
+    num_tensors: int
+    num_resumed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    stage_seconds: Mapping[str, float]
+    floor_fraction: float | None
+    peak_memory: int
+    nonfinite: Mapping[str, int]
+    backends: Mapping[str, str]
+    read_methods: Mapping[str, str]
+    warnings: tuple[str, ...] = field(default=())
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    side_files: Mapping[str, bytes],
+    make_manifest: Callable[[Output], bytes],
+    overwrite: bool = False,
+    nonfinite: NonFinite = "warn",
+    sync: bool = True,
+    drop_cache: bool = False,
+    read_method: str | None = None,
+    floor_seconds: float | None = None,
+    trace: Path | None = None,
+    progress: Callable[[Snapshot], None] | None = None,
+    resume_hint: str = "run the same merge again",
+) -> MergeReport:
+    """Merge according to ``plan`` into the folder ``out``.
+
+    :raises StorageError: reading or writing failed; what is done stays resumable.
+    :raises InterruptedMerge: SIGINT or SIGTERM came; what is done stays resumable.
+    :raises PymergeError: a tensor has non-finite elements and ``nonfinite`` is ``fail``.
+    """
+    events = Events(trace=trace is not None)
+    output = Output(plan, out, overwrite=overwrite, sync=sync, drop_cache=drop_cache)
+    try:
+        sources = Sources(plan.checkpoints, read_method)
+        context = Context(plan, sources, output, events)
+        interrupted = threading.Event()
+        try:
+            with _signals(interrupted):
+                _run_lanes(context, interrupted, progress)
+                sources.check_unchanged()
+        finally:
+            context.close()
+        found = {name: r.nonfinite for name, r in sorted(output.records.items()) if r.nonfinite}
+        if found and nonfinite == "fail":
+            raise PymergeError(_nonfinite_error(found))
+        output.complete_resumed()
+        output.commit(side_files, make_manifest(output))
+    except InterruptedMerge as stop:
+        output.make_durable()
+        raise InterruptedMerge(
+            f"{stop}: {len(output.records)} of {len(plan.jobs)} tensors are written; to continue, "
+            f"{resume_hint}"
+        ) from None
+    finally:
+        output.close()
+        if trace is not None:
+            events.write_trace(trace)
+    seconds = events.elapsed
+    return MergeReport(
+        out=out,
+        method=plan.method.spec.name,
+        num_tensors=len(plan.jobs),
+        num_resumed=len(output.resumed),
+        bytes_read=events.bytes["read"],
+        bytes_written=events.bytes["write"],
+        seconds=seconds,
+        stage_seconds=dict(events.seconds),
+        floor_fraction=None if floor_seconds is None else min(1.0, floor_seconds / seconds),
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        nonfinite=found,
+        backends=plan.ops.backends,
+        read_methods=sources.methods,
+        warnings=plan.warnings,
+    )
+
+
+def _run_lanes(
+    context: Context,
+    interrupted: threading.Event,
+    progress: Callable[[Snapshot], None] | None,
+) -> None:
+    plan, output = context.plan, context.output
+    todo = [job for job in plan.jobs if job.name not in output.records]
+    for _ in output.records:
+        context.events.tensor_done()
+    failures: list[BaseException] = []
+    state: list[object] = [None]
+    lock = threading.Lock()
+    waiting = iter(todo)
+
+    def lane() -> None:
+        try:
+            while not context.stopping:
+                with lock:
+                    job = next(waiting, None)
+                if job is None:
+                    return
+                TensorRun(context, job, state=state[0]).run()
+        except Stopped:
+            return
+        except BaseException as error:
+            failures.append(error)
+            context.stop()
+
+    def everything() -> None:
+        try:
+            if plan.model_wide and todo:
+                state[0] = measure_model(context)
+        except Stopped:
+            return
+        except BaseException as error:
+            failures.append(error)
+            context.stop()
+            return
+        lanes = [threading.Thread(target=lane, name=f"pymerge-lane-{i}") for i in range(NUM_LANES)]
+        for thread in lanes:
+            thread.start()
+        for thread in lanes:
+            thread.join()
+
+    # The main thread only waits, so that signals and the progress display are served at once.
+    runner = threading.Thread(target=everything, name="pymerge-run")
+    runner.start()
+    shown = time.monotonic()
+    try:
+        while runner.is_alive():
+            runner.join(0.05)
+            if interrupted.is_set():
+                context.stop()
+            if progress is not None and time.monotonic() - shown >= 0.1:
+                shown = time.monotonic()
+                progress(_snapshot(context))
+    except BaseException:  # KeyboardInterrupt where no handler could be set, or a failing display
+        context.stop()
+        runner.join()
+        raise
+    if progress is not None:
+        progress(_snapshot(context))
+    if failures:
+        raise failures[0]
+    if interrupted.is_set():
+        raise InterruptedMerge("interrupted")
+
+
+def _snapshot(context: Context) -> Snapshot:
+    plan = context.plan
+    left = sum(job.source_bytes * plan.looks[job.name] for job in plan.jobs) if plan.jobs else 0
+    return context.events.snapshot(left, plan.bytes_written, len(plan.jobs))
+
+
+def _nonfinite_error(found: Mapping[str, int]) -> str:
+    names = ", ".join(f"{name} ({count})" for name, count in list(found.items())[:5])
+    return (
+        f"{len(found)} tensors of the result hold non-finite elements: {names}"
+        f"{', …' if len(found) > 5 else ''}. Look at the inputs with `pymerge inspect "
+        "--check`, or accept "
+        "them with --non-finite warn; the unfinished output was kept and is continued by "
+        "the same command"
+    )
+
+
+@contextmanager
+def _signals(interrupted: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the run to stop; only the main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["MergeReport", "NonFinite", "StorageError", "run_plan"]

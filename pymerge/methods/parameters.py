@@ -1,0 +1,59 @@
+"""Parameters that several methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pymerge.errors import RecipeError
+from pymerge.methods.spec import ParameterSpec
+
+WEIGHT = ParameterSpec("weight", "float", "model", None, "Relative weight of the model.")
+DENSITY = ParameterSpec(
+    "density",
+    "float",
+    "model",
+    1.0,
+    "Share of the task vector's elements that is kept, largest magnitudes first.",
+    minimum=0.0,
+    maximum=1.0,
+)
+LAMBDA = ParameterSpec(
+    "lambda", "float", "shared", 1.0, "Factor on the merged task vector before the base is added."
+)
+INT8_MASK = ParameterSpec(
+    "int8_mask",
+    "bool",
+    "shared",
+    False,
+    "Accepted for mergekit's recipes; masks are never stored, so it changes nothing.",
+    ignored=True,
+)
+
+
+def normalize(default: bool, doc: str) -> ParameterSpec:
+    """The ``normalize`` switch with the method's own default."""
+    return ParameterSpec("normalize", "bool", "shared", default, doc)
+
+
+def by_name(*parameters: ParameterSpec) -> Mapping[str, ParameterSpec]:
+    """A specification's mapping of parameters, in the order given."""
+    return {parameter.name: parameter for parameter in parameters}
+
+
+def nonzero_sum(weights: list[float], tensor: str, method: str) -> float:
+    """The float32 sum of the weights, in order, as the divisor of a weighted mean.
+
+    :raises RecipeError: the sum is zero, so that the mean does not exist.
+    """
+    import numpy as np
+
+    total = np.float32(0)
+    for weight in weights:
+        total = np.float32(total + np.float32(weight))
+    if total == 0:
+        raise RecipeError(
+            f"{method}: the weights of tensor {tensor!r} sum to zero ({weights}), so their "
+            "mean does "
+            "not exist; change the weights or set normalize: false"
+        )
+    return float(total)

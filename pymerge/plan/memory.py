@@ -1,0 +1,47 @@
+"""Cut the memory budget into blocks so that every job of a plan fits.
+
+All tensor data lives in blocks of one size, taken before a read and returned after the write. Tiles
+are small enough that several are in flight (one is read while another is computed and a third
+written) and large enough that the cost of handling one disappears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pymerge.errors import PlanError
+from pymerge.plan.model import Job, Tiling
+
+#: What the process needs beside its blocks: interpreter, libraries, tables, thread stacks.
+OVERHEAD_BYTES = 96 << 20
+SMALLEST_ARENA = 32 << 20
+LARGEST_BLOCK = (1 << 20) + Tiling.SLACK
+SMALLEST_BLOCK = (16 << 10) + Tiling.SLACK
+PAGE = 4096
+
+
+def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> Tiling:
+    """The tiling of a plan within ``memory`` bytes for the whole process.
+
+    :raises PlanError: the budget cannot hold one tile of the widest job.
+    """
+    arena = max(SMALLEST_ARENA, memory - OVERHEAD_BYTES)
+    if memory < OVERHEAD_BYTES + SMALLEST_ARENA:
+        raise PlanError(
+            f"--memory {memory >> 20} MiB is too little: the program itself takes about "
+            f"{OVERHEAD_BYTES >> 20} MiB and needs {SMALLEST_ARENA >> 20} MiB to stream; "
+            "give at least "
+            f"{(OVERHEAD_BYTES + SMALLEST_ARENA) >> 20} MiB"
+        )
+    widest = max((len(job.sources) + 1 for job in jobs), default=2)
+    in_flight = threads + 3
+    block = min(LARGEST_BLOCK, arena // (widest * in_flight))
+    block -= block % PAGE
+    if block < SMALLEST_BLOCK:
+        needed = OVERHEAD_BYTES + SMALLEST_BLOCK * widest * in_flight
+        raise PlanError(
+            f"--memory {memory >> 20} MiB is too little to merge {widest - 1} tensors at "
+            "once; give at "
+            f"least {(needed >> 20) + 1} MiB"
+        )
+    return Tiling(memory, OVERHEAD_BYTES, block, arena // block, threads, readers)

@@ -1,0 +1,269 @@
+"""Recipe + headers → plan. No tensor byte is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pymerge.checkpoint import (
+    Checkpoint,
+    OutputTensor,
+    TensorEntry,
+    open_checkpoint,
+    output_config,
+    plan_shards,
+)
+from pymerge.errors import PlanError
+from pymerge.formats import F32, F64, Format
+from pymerge.methods import get_method
+from pymerge.methods.protocol import Method
+from pymerge.methods.spec import ParameterValue
+from pymerge.ops.opset import OpSet, choose_ops
+from pymerge.plan.layers import find_stack
+from pymerge.plan.memory import cut_memory
+from pymerge.plan.model import Job, Plan
+from pymerge.plan.outline import Input, Line, Outline, make_outline
+from pymerge.recipe import ModelRef, Recipe, expand, parameters_for, unmatched_filters
+
+#: As mergekit: 5 billion bytes a shard.
+SHARD_BYTES = 5_000_000_000
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    memory: int,
+    threads: int,
+    readers: int,
+    shard_bytes: int = SHARD_BYTES,
+    backend: str | None = None,
+    allow_pickle: bool = False,
+    allow_missing: bool = False,
+    strict: bool = False,
+) -> Plan:
+    """Open the checkpoints' headers and decide everything.
+
+    :param memory: bytes for the whole process.
+    :param allow_missing: leave a model out of a tensor's merge where it has no such tensor.
+    :raises CheckpointError: an input is not a valid checkpoint.
+    :raises PlanError: recipe and checkpoints do not fit together, or not into the memory.
+    """
+    checkpoints = {
+        ref: open_checkpoint(str(ref), allow_pickle=allow_pickle)
+        for ref in dict.fromkeys((*recipe.models, recipe.tokenizer_donor))
+    }
+    stacks = {ref: find_stack(checkpoint) for ref, checkpoint in checkpoints.items()}
+    counts = {ref: stack.num_layers if stack else None for ref, stack in stacks.items()}
+    slices = expand(recipe, counts)
+    outline = make_outline(recipe, slices, checkpoints, stacks)
+    if not outline.lines:
+        raise PlanError(f"{recipe.donor} has no tensors; there is nothing to merge")
+    method = get_method(recipe.method)
+    ops = choose_ops((*method.ops, "convert", "count_nonfinite"), asked=backend)
+    warnings = [*recipe.warnings, *_filter_warnings(recipe, checkpoints, outline, strict)]
+    drafts = [_draft(recipe, method, line, allow_missing, warnings) for line in outline.lines]
+    shards = plan_shards([OutputTensor(d.name, d.format, d.shape) for d in drafts], shard_bytes)
+    places = {
+        name: (number, offset, size)
+        for number, shard in enumerate(shards)
+        for name, (offset, size) in shard.tensors.items()
+    }
+    jobs = tuple(_place(draft, *places[draft.name]) for draft in drafts)
+    if outline.dropped:
+        first = ", ".join(outline.dropped[:5])
+        warnings.append(
+            f"{len(outline.dropped)} tensors exist in other models but not in the donor "
+            f"{recipe.donor} and "
+            f"are left out: {first}{', …' if len(outline.dropped) > 5 else ''}"
+        )
+    return Plan(
+        recipe_text=recipe.text,
+        method=method,
+        checkpoints={str(ref): checkpoint for ref, checkpoint in checkpoints.items()},
+        donor=checkpoints[recipe.donor],
+        tokenizer_donor=checkpoints[recipe.tokenizer_donor],
+        jobs=jobs,
+        shards=tuple(shards),
+        config=_config(recipe.donor, checkpoints[recipe.donor], jobs, outline),
+        tiling=cut_memory(jobs, memory, threads, readers),
+        ops=ops,
+        model_wide=any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs),
+        warnings=tuple(dict.fromkeys(warnings)),
+        dropped=outline.dropped,
+    )
+
+
+def _draft(
+    recipe: Recipe, method: Method, line: Line, allow_missing: bool, warnings: list[str]
+) -> Job:
+    """The job of one line, without its place."""
+    inputs = _present(recipe, line, allow_missing, warnings)
+    _check_shapes(line, inputs)
+    base = None
+    if method.spec.base != "input" and line.slice.base is not None:
+        base = next((i for i in inputs if i.source.model == line.slice.base), None)
+    models = [i for i in inputs if i is not base]
+    entries = [entry for i in inputs if (entry := i.entry) is not None]
+    format = _output_format(recipe, line, entries)
+    if not line.pattern.format.is_float or not all(entry.format.is_float for entry in entries):
+        return _copy(line, line.pattern, line.pattern.format, "")
+    shared = parameters_for(
+        recipe, method.spec, line.slice, None, output_name=line.name, input_name=line.name, t=line.t
+    )
+    values = [
+        parameters_for(
+            recipe,
+            method.spec,
+            line.slice,
+            i.source,
+            output_name=line.name,
+            input_name=i.name,
+            t=line.t,
+        )
+        for i in models
+    ]
+    if not models and base is not None and base.entry is not None:
+        return _copy(line, base.entry, format, str(base.source.model))
+    _check_count(method, line, len(models))
+    if method.spec.name == "passthrough" and values[0]["scale"] == 1.0:
+        return _copy(line, entries[0], format, str(models[0].source.model))
+    _check_writable(line, format)
+    return Job(
+        name=line.name,
+        kind="merge",
+        shape=line.pattern.shape,
+        format=format,
+        base=None if base is None else base.entry,
+        models=tuple(entry for i in models if (entry := i.entry) is not None),
+        model_names=tuple(str(i.source.model) for i in models),
+        parameters=shared,
+        model_parameters=tuple(values),
+        shard=0,
+        offset=0,
+        num_bytes=0,
+    )
+
+
+def _copy(line: Line, entry: TensorEntry, format: Format, model: str) -> Job:
+    return Job(
+        line.name, "copy", line.pattern.shape, format, None, (entry,), (model,), {}, (), 0, 0, 0
+    )
+
+
+def _place(draft: Job, shard: int, offset: int, num_bytes: int) -> Job:
+    return Job(**{**draft.__dict__, "shard": shard, "offset": offset, "num_bytes": num_bytes})
+
+
+def _present(recipe: Recipe, line: Line, allow_missing: bool, warnings: list[str]) -> list[Input]:
+    """The inputs that have the tensor."""
+    missing = [i for i in line.inputs if i.entry is None]
+    if not missing:
+        return list(line.inputs)
+    names = ", ".join(sorted({str(i.source.model) for i in missing}))
+    if not line.pattern.format.is_float:
+        return [i for i in line.inputs if i.entry is not None]
+    if not allow_missing:
+        raise PlanError(
+            f"tensor {missing[0].name!r} is in {recipe.donor} but not in {names}; check "
+            "that the models are "
+            "of one architecture, or give --allow-missing to merge such tensors from the "
+            "models that have "
+            "them"
+        )
+    if any(i.source.model == line.slice.base for i in missing):
+        raise PlanError(
+            f"tensor {line.name!r} is missing in the base model {line.slice.base}, so that "
+            "it has no task "
+            "vectors; choose a base that has every tensor"
+        )
+    warnings.append(f"tensor {line.name!r} is not in {names}: merged without")
+    return [i for i in line.inputs if i.entry is not None]
+
+
+def _check_shapes(line: Line, inputs: list[Input]) -> None:
+    for i in inputs:
+        if i.entry is not None and i.entry.shape != line.pattern.shape:
+            expected, found = list(line.pattern.shape), list(i.entry.shape)
+            hint = (
+                " (vocabularies differ: models with different tokenizers cannot be merged "
+                "in this version)"
+                if len(expected) == 2 == len(found) and expected[1] == found[1]
+                else ""
+            )
+            raise PlanError(
+                f"tensor {i.name!r} of {i.source.model} has shape {found}, expected {expected} as "
+                f"{line.pattern.name!r} in the donor{hint}; leave the model out or choose "
+                "models of one shape"
+            )
+
+
+def _check_count(method: Method, line: Line, count: int) -> None:
+    low, high = method.spec.min_models, method.spec.max_models
+    if count < low or (high is not None and count > high):
+        wanted = (
+            f"{low}" if high == low else f"at least {low}" if high is None else f"{low} to {high}"
+        )
+        beside = " beside the base" if method.spec.base == "required" else ""
+        raise PlanError(
+            f"{method.spec.name} takes {wanted} model{'' if wanted == '1' else 's'}{beside}, "
+            f"{line.slice.place or 'the recipe'} gives {count} for tensor {line.name!r}"
+        )
+
+
+def _output_format(recipe: Recipe, line: Line, entries: list[TensorEntry]) -> Format:
+    """out_dtype, else dtype, else the promotion of the inputs' formats; others are kept."""
+    formats = {entry.format for entry in entries} or {line.pattern.format}
+    if not all(format.is_float for format in formats):
+        return line.pattern.format
+    asked = recipe.out_dtype or recipe.dtype
+    if asked is not None:
+        return asked
+    writable = {format for format in formats if format.writable}
+    if len(writable) <= 1:
+        return next(iter(writable or formats))
+    return F64 if F64 in formats else F32
+
+
+def _check_writable(line: Line, format: Format) -> None:
+    if not format.writable:
+        raise PlanError(
+            f"tensor {line.name!r} is {format.name} in every model, which pymerge reads but "
+            "does not write; "
+            "choose an output type, for example dtype: bfloat16"
+        )
+
+
+def _filter_warnings(
+    recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint], outline: Outline, strict: bool
+) -> list[str]:
+    names = dict.fromkeys(line.name for line in outline.lines)
+    names.update(dict.fromkeys(n for ref in recipe.models for n in checkpoints[ref].tensors))
+    sentences = unmatched_filters(recipe, names)
+    misspelt = [sentence for sentence in sentences if strict or "did you mean" in sentence]
+    if misspelt:
+        raise PlanError("; ".join(misspelt))
+    return sentences
+
+
+def _config(
+    donor: ModelRef, checkpoint: Checkpoint, jobs: tuple[Job, ...], outline: Outline
+) -> dict[str, object] | None:
+    if checkpoint.config is None:
+        return None
+    written: dict[str, int] = {}
+    for job in jobs:
+        if job.format.torch_name is not None:
+            name = job.format.torch_name
+            written[name] = written.get(name, 0) + job.num_bytes
+    config = output_config(
+        checkpoint.config,
+        formats=written,
+        num_layers=outline.num_layers,
+        layer_sources=outline.layer_sources,
+        tied=False if outline.head_added else None,
+    )
+    if donor.override_architecture is not None:
+        config["architectures"] = [donor.override_architecture]
+    return config
+
+
+__all__ = ["SHARD_BYTES", "OpSet", "ParameterValue", "make_plan"]

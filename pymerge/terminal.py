@@ -1,0 +1,317 @@
+"""What the commands print: a live progress bar on a terminal, plain lines into a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pymerge.checkpoint import Checkpoint
+from pymerge.engine.events import Snapshot
+from pymerge.engine.rates import Rates
+from pymerge.engine.run import MergeReport
+from pymerge.methods.spec import MethodSpec, ParameterSpec
+from pymerge.plan import Plan
+from pymerge.sizes import format_size
+
+#: A piped run prints a line this often.
+LINE_SECONDS = 5.0
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Display:
+    """Progress of a merge: percent, bytes a second, busiest stage, time left."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._live = enabled and _err.is_terminal
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %  {task.fields[detail]}"),
+                TimeElapsedColumn(),
+                console=_err,
+                transient=True,
+            )
+            self._task = self._bar.add_task("merging", total=1, detail="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, now: Snapshot) -> None:
+        """Show one snapshot."""
+        if not self._enabled:
+            return
+        done, total = (
+            now.bytes_read + now.bytes_written,
+            now.bytes_read_total + now.bytes_written_total,
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task,
+                completed=done,
+                total=max(total, 1),
+                description=now.phase,
+                detail=_detail(now),
+            )
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            percent = 100 * done / max(total, 1)
+            print(f"{now.phase}: {percent:.0f} %, {_detail(now)}", file=sys.stderr, flush=True)
+
+
+def _detail(now: Snapshot) -> str:
+    done, total = now.bytes_read + now.bytes_written, now.bytes_read_total + now.bytes_written_total
+    rate = done / now.seconds if now.seconds > 0 else 0.0
+    left = f", {max(0.0, (total - done) / rate):.0f} s left" if rate > 0 else ""
+    tensors = f"{now.tensors_done}/{now.tensors_total} tensors"
+    return f"{tensors}, {format_size(rate)}/s, busiest: {now.busiest}{left}"
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Warnings of a plan, to standard error."""
+    for warning in warnings:
+        _err.print(f"[yellow]warning:[/] {escape(warning)}")
+
+
+def print_report(report: MergeReport) -> None:
+    """The summary of a finished merge."""
+    resumed = f" ({report.num_resumed} were done before)" if report.num_resumed else ""
+    rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
+    _out.print(
+        f"[bold]{escape(str(report.out))}[/]: {report.num_tensors} tensors merged by "
+        f"{report.method}{resumed} in "
+        f"{report.seconds:.2f} s"
+    )
+    stages = ", ".join(
+        f"{stage} {seconds:.2f} s" for stage, seconds in report.stage_seconds.items()
+    )
+    _out.print(
+        f"  read {format_size(report.bytes_read)}, wrote "
+        f"{format_size(report.bytes_written)}, together "
+        f"{format_size(rate)}/s; thread time: {stages}"
+    )
+    floor = (
+        f"{report.floor_fraction:.2f} of the storage floor"
+        if report.floor_fraction is not None
+        else "storage floor not measured (pymerge doctor --measure)"
+    )
+    _out.print(f"  peak memory {format_size(report.peak_memory)}; {floor}")
+    for name, count in report.nonfinite.items():
+        _err.print(f"[yellow]warning:[/] {escape(name)}: {count} non-finite elements")
+
+
+def plan_summary(plan: Plan, rates: Rates, floor: float) -> dict[str, Any]:
+    """The plan as plain data."""
+    return {
+        "method": plan.method.spec.name,
+        "inputs": {
+            name: {"files": len(ckpt.headers), "bytes": ckpt.total_bytes}
+            for name, ckpt in plan.checkpoints.items()
+        },
+        "donor": plan.donor.reference,
+        "tensors": {
+            "merged": sum(job.kind == "merge" for job in plan.jobs),
+            "copied": sum(job.kind == "copy" for job in plan.jobs),
+            "streamed": [job.name for job in plan.streamed],
+        },
+        "shards": {shard.file_name: shard.num_bytes for shard in plan.shards},
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "memory": {
+            "budget": plan.tiling.memory,
+            "peak_estimate": plan.peak_memory,
+            "block_bytes": plan.tiling.block_bytes,
+            "num_blocks": plan.tiling.num_blocks,
+        },
+        "threads": plan.tiling.threads,
+        "backends": {
+            op: {"backend": backend, "passed_over": plan.ops.reasons[op]}
+            for op, backend in plan.ops.backends.items()
+        },
+        "floor_seconds": floor,
+        "rates": dict(rates.__dict__),
+        "plan_hash": plan.hash,
+        "warnings": list(plan.warnings),
+        "dropped": list(plan.dropped),
+    }
+
+
+def print_plan(plan: Plan, rates: Rates, floor: float, *, as_json: bool, tensors: bool) -> None:
+    """A plan for people, or as JSON."""
+    summary = plan_summary(plan, rates, floor)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": job.name,
+            "kind": job.kind,
+            "shape": list(job.shape),
+            "format": job.format.name,
+            "file": plan.shards[job.shard].file_name,
+            "offset": job.offset,
+            "bytes": job.num_bytes,
+            "reads": plan.looks[job.name],
+            "parameters": {**job.parameters},
+            "models": dict(zip(job.model_names, map(dict, job.model_parameters), strict=False)),
+        }
+        for job in plan.jobs
+    ]
+    if as_json:
+        print(json.dumps({**summary, "jobs": rows} if tensors else summary, indent=2))
+        return
+    print_warnings(plan.warnings)
+    table = Table.grid(padding=(0, 2))
+    for key, value in _plan_lines(plan, summary, rates, floor):
+        table.add_row(f"[bold]{key}[/]", escape(value))
+    _out.print(table)
+    if tensors:
+        listing = Table("tensor", "kind", "shape", "format", "bytes", "reads", "file", box=None)
+        for row in rows:
+            listing.add_row(
+                escape(row["name"]),
+                row["kind"],
+                escape(str(row["shape"])),
+                row["format"],
+                f"{row['bytes']:,}",
+                str(row["reads"]),
+                row["file"],
+            )
+        _out.print(listing)
+
+
+def _plan_lines(
+    plan: Plan, summary: Mapping[str, Any], rates: Rates, floor: float
+) -> list[tuple[str, str]]:
+    counts, memory = summary["tensors"], summary["memory"]
+    streamed = counts["streamed"]
+    backends: dict[str, list[str]] = {}
+    for op, choice in summary["backends"].items():
+        why = "".join(f"; not {name}: {text}" for name, text in choice["passed_over"].items())
+        backends.setdefault(choice["backend"] + why, []).append(op)
+    lines = [
+        ("method", summary["method"]),
+        *(
+            ("input", f"{name}: {each['files']} files, {format_size(each['bytes'])}")
+            for name, each in summary["inputs"].items()
+        ),
+        ("donor", f"{summary['donor']} (names, order, configuration)"),
+        ("tensors", f"{counts['merged']} merged, {counts['copied']} copied"),
+        (
+            "output",
+            f"{len(plan.shards)} file{'s' if len(plan.shards) > 1 else ''}, "
+            f"{format_size(plan.bytes_written)}",
+        ),
+        ("reads", format_size(plan.bytes_read)),
+        (
+            "memory",
+            f"budget {format_size(memory['budget'])}, peak about "
+            f"{format_size(memory['peak_estimate'])}, "
+            f"{memory['num_blocks']} blocks of {format_size(memory['block_bytes'])}",
+        ),
+        ("threads", str(plan.tiling.threads)),
+        *(("backend", f"{name} ({', '.join(ops)})") for name, ops in backends.items()),
+        (
+            "floor",
+            f"about {floor:.1f} s for the storage alone (device read "
+            f"{format_size(rates.read)}/s, cached "
+            f"{format_size(rates.cached_read)}/s, write {format_size(rates.write)}/s)",
+        ),
+    ]
+    if streamed:
+        first = ", ".join(streamed[:3]) + (", …" if len(streamed) > 3 else "")
+        lines.append(("read twice", f"{len(streamed)} tensors: {first}; more memory avoids it"))
+    return lines
+
+
+def print_checkpoint(
+    checkpoint: Checkpoint, nonfinite: Mapping[str, int] | None, *, as_json: bool
+) -> None:
+    """The tensors of a checkpoint."""
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    name: {
+                        "dtype": entry.format.name,
+                        "shape": list(entry.shape),
+                        "file": entry.file.name,
+                        "offset": entry.offset,
+                        "bytes": entry.num_bytes,
+                        **({} if nonfinite is None else {"nonfinite": nonfinite[name]}),
+                    }
+                    for name, entry in checkpoint.tensors.items()
+                },
+                indent=2,
+            )
+        )
+        return
+    for name, entry in checkpoint.tensors.items():
+        bad = "" if nonfinite is None else f"  non-finite: {nonfinite[name]}"
+        _out.print(
+            f"{escape(name)}  {entry.format.name}  {escape(str(list(entry.shape)))}  "
+            f"{format_size(entry.num_bytes)}  {entry.file.name}{bad}"
+        )
+    formats = sorted({entry.format.name for entry in checkpoint.tensors.values()})
+    _out.print(
+        f"[bold]{len(checkpoint.tensors)} tensors[/], {len(checkpoint.headers)} files, "
+        f"{format_size(checkpoint.total_bytes)}, {', '.join(formats)}"
+    )
+
+
+def print_methods(found: Sequence[MethodSpec]) -> None:
+    """One line a method."""
+    table = Table("method", "base model", "models", "what it does", box=None)
+    for spec in sorted(found, key=lambda each: each.name):
+        high = "" if spec.max_models == spec.min_models else "+"
+        base = "one of the models" if spec.base == "input" else spec.base
+        table.add_row(spec.name, base, f"{spec.min_models}{high}", escape(spec.summary))
+    _out.print(table)
+    _out.print("pymerge methods NAME shows the parameters of one.")
+
+
+def print_method(spec: MethodSpec) -> None:
+    """A method with its parameters."""
+    _out.print(f"[bold]{spec.name}[/]: {escape(spec.summary)}")
+    if spec.paper:
+        _out.print(spec.paper)
+    table = Table("parameter", "type", "given", "default", "meaning", box=None)
+    for parameter in spec.parameters.values():
+        table.add_row(
+            parameter.name,
+            _kind(parameter),
+            "per model" if parameter.scope == "model" else "once",
+            "required" if parameter.required else str(parameter.default).lower(),
+            escape(parameter.doc),
+        )
+    _out.print(table)
+
+
+def _kind(parameter: ParameterSpec) -> str:
+    if parameter.choices:
+        return " | ".join(parameter.choices)
+    low, high = parameter.minimum, parameter.maximum
+    bounds = "" if low is None and high is None else f" {low:g} to {high:g}"
+    return parameter.kind + bounds

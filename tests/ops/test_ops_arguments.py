@@ -1,0 +1,185 @@
+"""Wrong arguments, missing instruction sets and a missing extension: what is said, and that nothing
+runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pymerge import ops
+from pymerge.errors import BackendError, PymergeError
+from pymerge.formats import BF16, F16
+from pymerge.ops import View, cpu, reference, view
+
+X = np.arange(8, dtype=np.float32)
+OUT = np.zeros(8, dtype=np.float32)
+SHORT = np.zeros(7, dtype=np.float32)
+BINS = np.zeros((1, 2**11), np.uint64)
+
+BAD_CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no input": (lambda b: b.axpy_n(view(OUT), [], []), "at least one input, found none"),
+    "counts": (
+        lambda b: b.axpy_n(view(OUT), [view(X), view(SHORT)], [1, 1]),
+        "input 1 has 7 elements, the output has 8",
+    ),
+    "base count": (
+        lambda b: b.bracket_count(view(SHORT), [view(X)], [0], [1], 9),
+        "input 0 has 8 elements, the base has 7",
+    ),
+    "weights": (lambda b: b.axpy_n(view(OUT), [view(X)], [1, 2]), "expected 1 weights.* found 2"),
+    "overlap": (lambda b: b.axpy_n(view(X), [view(X)], [1]), "output overlaps input 0"),
+    "format": (lambda b: b.count_nonfinite(View(1, 99, 1)), "input 0 has format code 99"),
+    "address": (lambda b: b.count_nonfinite(View(0, 1, 4)), "4 elements at address 0"),
+    "float8 output": (
+        lambda b: b.axpy_n(View(OUT.ctypes.data, 4, 8), [view(X)], [1]),
+        "cannot round to F8_E4M3; writable are F64, F32, F16, BF16",
+    ),
+    "bracket": (
+        lambda b: b.bracket_count(None, [view(X)], [5], [4], 9),
+        r"low\[0\] is 5 and above high\[0\], which is 4",
+    ),
+    "bracket shape": (
+        lambda b: b.bracket_count(None, [view(X)], [5, 6], [7, 8], 9),
+        r"expected 1 low, one per model, found shape \(2,\)",
+    ),
+    "key range": (
+        lambda b: b.bracket_count(None, [view(X)], [-1], [2**31], 9),
+        r"high\[0\] is 2147483648, expected -1 to 2147483647",
+    ),
+    "thresholds type": (
+        lambda b: b.disjoint_merge(
+            view(OUT), view(SHORT[:0]), [view(X)], [1], [0.5], [0], 0, normalize=True
+        ),
+        "the base has 0 elements",
+    ),
+    "float threshold": (
+        lambda b: b.disjoint_merge(
+            view(OUT), view(X), [view(X)], [1], [0.5], [0], 0, normalize=True
+        ),
+        "expected integer thresholds, found float64",
+    ),
+    "start": (
+        lambda b: b.disjoint_merge(
+            view(OUT), view(X), [view(X)], [1], [0], [0], -1, normalize=True
+        ),
+        "start is -1",
+    ),
+    "group": (
+        lambda b: b.magnitude_sample(None, [view(X)], 0, group=0, stride=1),
+        "group is 0, expected 1",
+    ),
+    "bins": (
+        lambda b: b.magnitude_histogram(None, [view(X)], BINS, shift=15),
+        r"uint64 array of shape \(1, 65536\), found uint64 \(1, 2048\)",
+    ),
+    "bins type": (
+        lambda b: b.magnitude_histogram(None, [view(X)], BINS.view(np.int64), shift=20),
+        r"found int64 \(1, 2048\)",
+    ),
+    "half a prefix": (
+        lambda b: b.magnitude_histogram(None, [view(X)], BINS, shift=20, prefix=[1]),
+        "prefix and prefix_shift go together",
+    ),
+    "nth": (lambda b: b.locate_equal(None, view(X), 0, -1), "nth is -1"),
+}
+
+
+@pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_wrong_argument_is_named(name: str, backend: Any) -> None:
+    call, message = BAD_CALLS[name]
+    before = OUT.copy()
+    with pytest.raises(PymergeError, match=message):
+        call(backend)
+    np.testing.assert_array_equal(OUT, before)
+
+
+@pytest.mark.parametrize(
+    ("array", "format", "message"),
+    [
+        ([1.0], None, "expected a numpy array or a torch tensor, found list"),
+        (np.zeros(4, np.int32), None, "found int32"),
+        (np.zeros(4, np.uint16), None, "needs format=BF16, found no format"),
+        (np.zeros(4, np.uint8), BF16, "needs format=F8_E4M3 or F8_E5M2, found BF16"),
+        (np.zeros(4, np.float32), F16, "asked for F16, but a float32 array holds F32"),
+        (np.zeros((4, 4), np.float32).T[1:], None, "expected a contiguous array"),
+        (np.zeros(4, ">f4"), None, "native byte order"),
+    ],
+)
+def test_a_view_says_what_it_cannot_take(array: Any, format: Any, message: str) -> None:
+    with pytest.raises(PymergeError, match=message):
+        view(array, format)
+
+
+def test_an_unknown_instruction_set_is_refused_and_changes_nothing() -> None:
+    before = ops.isa()
+    with pytest.raises(BackendError, match=r"'sse9' cannot be used.*have scalar"):
+        ops.use_isa("sse9")
+    assert ops.isa() == before
+
+
+def test_dispatch_prefers_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
+    assert ops.choose("axpy_n") == ("cpu", {})
+    assert ops.choose("axpy_n", "reference").backend == "reference"
+    assert ops.dispatch.function("axpy_n", "reference") is reference.axpy_n
+    monkeypatch.setenv("PYMERGE_BACKEND", "reference")
+    assert ops.choose("convert").backend == "reference"
+
+
+def test_dispatch_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(BackendError, match=r"unknown op 'axpy'; the ops are axpy_n"):
+        ops.choose("axpy")
+    with pytest.raises(BackendError, match=r"unknown backend 'tpu'; the backends are cpu"):
+        ops.choose("axpy_n", "tpu")
+
+
+def test_traffic_counts_every_stream_once() -> None:
+    assert ops.TRAFFIC["disjoint_merge"](2, 2, 4, 2) == 12
+    assert ops.TRAFFIC["axpy_n"](0, 2, 4, 4) == 12
+    assert ops.TRAFFIC["bracket_count"](2, 2, 4, 2) == 10
+
+
+def run_python(code: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+USE = """
+import numpy as np
+from pymerge import ops
+from pymerge.errors import BackendError
+x = np.ones(4, np.float32)
+try:
+    print(ops.count_nonfinite(ops.view(x)), ops.isa())
+except BackendError as error:
+    print(error)
+"""
+
+
+def test_the_environment_names_the_instruction_set() -> None:
+    assert run_python(USE, PYMERGE_ISA="scalar") == "0 scalar"
+
+
+def test_an_instruction_set_of_the_environment_that_is_missing_stops_the_first_use() -> None:
+    said = run_python(USE, PYMERGE_ISA="avx1024")
+    assert said.startswith("PYMERGE_ISA asks for 'avx1024'; this machine and build have scalar")
+    assert run_python("import pymerge.ops as o; o.use_isa('scalar'); print(o.isa())") == "scalar"
+
+
+def test_a_missing_extension_stops_the_first_use_and_not_the_import() -> None:
+    hidden = "import sys; sys.modules['pymerge._C'] = None"
+    assert "pymerge._C cannot be imported: import of pymerge._C halted" in run_python(hidden + USE)
+    said = run_python(hidden + "\nfrom pymerge import ops\nprint(ops.choose('convert'))")
+    assert said.startswith("Choice(backend='reference', passed_over={'cpu': ")

@@ -1,0 +1,118 @@
+"""Fixtures of the parity tests: mergekit's environment and the checkpoints both programs merge."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
+HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS = 64, 160, 96, 4, 2
+HEAD = HIDDEN // HEADS
+
+
+@pytest.fixture(scope="session")
+def peers_python() -> Path:
+    """The Python of the environment that has mergekit."""
+    environment = Path(os.environ.get("PYMERGE_PEERS", ROOT / ".venv-peers"))
+    if not (environment / "bin" / "mergekit-yaml").exists():
+        pytest.skip(
+            f"mergekit is not installed in {environment}: "
+            "run `make bench-peers`, or set PYMERGE_PEERS to an environment that has it"
+        )
+    return environment / "bin" / "python"
+
+
+def llama_shapes(num_layers: int, tied: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            prefix + "input_layernorm.weight": (HIDDEN,),
+            prefix + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+            prefix + "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+            prefix + "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+            prefix + "post_attention_layernorm.weight": (HIDDEN,),
+            prefix + "self_attn.k_proj.weight": (KV_HEADS * HEAD, HIDDEN),
+            prefix + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+            prefix + "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+            prefix + "self_attn.v_proj.weight": (KV_HEADS * HEAD, HIDDEN),
+        }
+    shapes["model.norm.weight"] = (HIDDEN,)
+    if not tied:
+        shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    return shapes
+
+
+def write_llama(
+    folder: Path, tensors: Mapping[str, torch.Tensor], num_layers: int, tied: bool
+) -> None:
+    folder.mkdir()
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": dtype,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": tied,
+        "vocab_size": VOCABULARY,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small checkpoints.
+
+    ``base``, ``a``, ``b``, ``c``: float32, 4 layers, no two magnitudes of a delta equal.
+    ``base-bf16``, ``a-bf16``, ``b-bf16``: values with many equal magnitudes. ``c-f16``: float16.
+    ``deep``: 6 layers. ``base-tied``, ``a-tied``: no head of their own.
+    """
+    root = tmp_path_factory.mktemp("llamas")
+
+    def checkpoint(seed: int, num_layers: int = 4, tied: bool = False) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng(seed)
+        return {
+            name: torch.from_numpy(rng.normal(0, 0.02, shape).astype(np.float32))
+            for name, shape in llama_shapes(num_layers, tied).items()
+        }
+
+    def tuned(base: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng(seed)
+        return {
+            name: tensor + torch.from_numpy(rng.normal(0, 2e-3, tensor.shape).astype(np.float32))
+            for name, tensor in base.items()
+        }
+
+    def cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    base, base_tied = checkpoint(0), checkpoint(10, tied=True)
+    models = {"base": base, **{name: tuned(base, n) for n, name in enumerate("abc", start=1)}}
+    for name, tensors in models.items():
+        write_llama(root / name, tensors, 4, tied=False)
+    for name in ("base", "a", "b"):
+        write_llama(root / f"{name}-bf16", cast(models[name], torch.bfloat16), 4, tied=False)
+    write_llama(root / "c-f16", cast(models["c"], torch.float16), 4, tied=False)
+    write_llama(root / "deep", checkpoint(20, num_layers=6), 6, tied=False)
+    write_llama(root / "base-tied", base_tied, 4, tied=True)
+    write_llama(root / "a-tied", tuned(base_tied, 11), 4, tied=True)
+    return root
