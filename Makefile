@@ -1,64 +1,76 @@
 # Everything a developer or newcomer runs. All targets use the environment .venv in this folder.
+# PYTHON names the interpreter that makes it, CXX the C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PEERS := .venv-peers
 DEMO_DIR ?= demo
-NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt') CMakeLists.txt setup.py
+ASAN := build/asan
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 'CMakeLists.txt') \
+                  CMakeLists.txt setup.py
+CPP_SOURCES := $(filter %.cpp %.h %.cu,$(NATIVE_SOURCES))
 
-.PHONY: help dev native demo test test-all check format bench bench-peers asan doctor clean
+.PHONY: help dev native demo test test-all check format bench bench-peers asan doctor clean distclean
+
+# Two targets at once would run pip twice in one environment. Compilation is parallel all the same.
+.NOTPARALLEL:
 
 help:
 	@echo "make demo         train small models, merge them with every method, print the table"
 	@echo "make test         set up what is needed and run the tests"
 	@echo "make test-all     the slow tests too"
-	@echo "make dev          set up .venv with an editable install"
+	@echo "make dev          set up .venv with an editable install (PYTHON=python3.12 for another Python)"
 	@echo "make native       rebuild the extension"
 	@echo "make check        ruff, clang-format, mypy"
 	@echo "make format       apply ruff and clang-format"
 	@echo "make bench        kernel benchmarks (OP=name for one)"
 	@echo "make bench-peers  install mergekit into an environment of its own, for bench and parity tests"
-	@echo "make asan         fuzz and kernel tests under AddressSanitizer"
+	@echo "make asan         kernel, I/O and header tests under AddressSanitizer"
 	@echo "make doctor       what is available on this machine"
+	@echo "make clean        remove what was built and the demo; distclean: the environments too"
 
-dev: $(VENV)/.installed $(VENV)/.built
+dev: $(VENV)/.built
 
-# The environment: made again when the dependency lists change.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "pymerge needs Python 3.10 or newer, this is " + sys.version'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# The environment: brought up to date when the dependency lists change. The mark is set last, so that an
+# attempt that failed is made again; an environment that broke half-way is made anew.
+$(VENV)/.installed: requirements-dev.txt constraints.txt
+	@$(PYTHON) .ci/preflight.py
+	@echo "installing the dependencies into $(VENV); the first time this downloads PyTorch"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -q -r requirements-dev.txt -c constraints.txt
-	touch $@
+	@touch $@
 
-# The editable install: made again when the native sources change.
-$(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
+# The editable install: made again when the native sources or the package's metadata change.
+$(VENV)/.built: $(VENV)/.installed pyproject.toml $(NATIVE_SOURCES)
+	@echo "building the extension"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
-	touch $@
+	@touch $@
 
-native: $(VENV)/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
-	touch $(VENV)/.built
+native:
+	rm -f $(VENV)/.built
+	$(MAKE) dev
 
 demo: dev
 	$(BIN)/pymerge demo --out $(DEMO_DIR)
 
+# The script, not python -m pytest: that would put this folder on sys.path, where ./kernels is importable.
 test: dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow"
 
 test-all: dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/pytest -q
 
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/mypy
 
 format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 bench: dev
 	$(BIN)/python bench/run.py $(OP)
@@ -66,12 +78,28 @@ bench: dev
 bench-peers: $(PEERS)/.installed
 
 $(PEERS)/.installed: bench/requirements-peers.txt constraints.txt
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install -q -r bench/requirements-peers.txt -c constraints.txt
-	touch $@
+	@$(PEERS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --no-input install -q \
+	    -r bench/requirements-peers.txt -c constraints.txt
+	@touch $@
+
+# A second build with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own:
+# Python itself is not instrumented, so the sanitizer's runtime is preloaded.
+asan: dev
+	rm -rf $(ASAN)/site && mkdir -p $(ASAN)/site
+	cp -r pymerge $(ASAN)/site/pymerge && rm -f $(ASAN)/site/pymerge/_C*.so
+	$(BIN)/cmake -S . -B $(ASAN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYMERGE_SANITIZE=ON -DPYMERGE_OUTPUT_DIR="$(CURDIR)/$(ASAN)/site/pymerge" \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build $(ASAN)/cmake
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    PYTHONPATH="$(CURDIR)/$(ASAN)/site" $(BIN)/pytest -q tests/ops tests/io tests/checkpoint/test_header_fuzz.py
 
 doctor: dev
 	$(BIN)/pymerge doctor
 
 clean:
-	rm -rf build demo *.egg-info pymerge/_C*.so
+	rm -rf build demo *.egg-info pymerge/_C*.so $(VENV)/.built
+
+distclean: clean
+	rm -rf $(VENV) $(PEERS)

@@ -162,7 +162,8 @@ def _parameters(
         if parameter.scope == "shared":
             shared[name] = _checked(spec, parameter, value)
             continue
-        values = list(value) if isinstance(value, Sequence | np.ndarray) else [value] * num_models
+        is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+        values = list(value) if is_list else [value] * num_models
         if len(values) != num_models:
             raise RecipeError(
                 f"{spec.name}: parameter {name!r} has {len(values)} values for {num_models} tensors"

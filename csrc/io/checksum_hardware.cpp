@@ -11,7 +11,11 @@
 
 #if defined(__x86_64__)
 #include <nmmintrin.h>
+#ifdef __clang__
+#define PYMERGE_CRC_TARGET __attribute__((target("sse4.2,crc32")))
+#else
 #define PYMERGE_CRC_TARGET __attribute__((target("sse4.2")))
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <arm_acle.h>
 #include <sys/auxv.h>

@@ -101,7 +101,13 @@ def output_config(
     ``tied`` None leaves the tie flag. Raises CheckpointError where the config cannot express the
     layers.
     """
-    config: Config = copy.deepcopy(dict(donor_config))
+    try:
+        config: Config = copy.deepcopy(dict(donor_config))
+    except RecursionError:
+        raise CheckpointError(
+            f"{CONFIG_NAME}: expected a model's configuration, found objects nested too deeply; "
+            "copy or download the file again"
+        ) from None
     written = {name: count for name, count in formats.items() if _is_float_name(name)}
     if written:
         _set_dtype(config, max(written, key=lambda name: (written[name], name)))

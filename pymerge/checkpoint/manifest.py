@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pymerge._version import __version__
 from pymerge.checkpoint.config import read_json_object
+from pymerge.checkpoint.index import INDEX_NAME
 from pymerge.checkpoint.layout import ShardLayout, index_json
 from pymerge.checkpoint.paths import stays_inside
 from pymerge.checkpoint.source import Checkpoint
@@ -84,8 +85,12 @@ def manifest_json(
 
     ``backends`` maps ops to the backend that ran them, ``checksums`` tensors to the CRC-32C of
     their bytes, ``nonfinite`` tensors to the number of their non-finite elements (zeros are left
-    out) and ``files`` the other files of the output, by their name below its folder.
+    out) and ``files`` the other files of the output, by their name below its folder; the index of
+    several shards is added to them.
     """
+    files = dict(files)
+    if len(shards) > 1:
+        files[INDEX_NAME] = FileRecord.of_bytes(index_json(shards))
     content = {
         "schema": SCHEMA,
         "pymerge": __version__,

@@ -15,10 +15,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from pymerge.demo import checkpoint
 from pymerge.demo.data import Task
+from pymerge.demo.model import one_thread
 from pymerge.demo.train import Settings, finetune, pretrain
 
 SOURCES = ("data.py", "model.py", "train.py", "checkpoint.py")
@@ -35,6 +34,7 @@ def training_key(settings: Settings) -> str:
     return digest.hexdigest()
 
 
+@one_thread()
 def trained_models(
     folder: Path, tasks: Sequence[Task], settings: Settings, tell: Callable[[str], None]
 ) -> tuple[dict[str, Path], bool]:
@@ -49,17 +49,11 @@ def trained_models(
         return paths, True
     if folder.exists():
         shutil.rmtree(folder)
-    # One thread: models so small gain nothing from more, and sums have one order everywhere.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        tell("base")
-        base = pretrain(tasks, settings)
-        checkpoint.save(base, paths["base"])
-        for task in tasks:
-            tell(task.name)
-            checkpoint.save(finetune(base, task, settings), paths[task.name])
-    finally:
-        torch.set_num_threads(num_threads)
+    tell("base")
+    base = pretrain(tasks, settings)
+    checkpoint.save(base, paths["base"])
+    for task in tasks:
+        tell(task.name)
+        checkpoint.save(finetune(base, task, settings), paths[task.name])
     mark.write_text(json.dumps(key) + "\n")
     return paths, False

@@ -8,6 +8,7 @@ experiments in the task arithmetic literature, on a scale that trains in seconds
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,17 @@ class ResidualMLP(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith("heads."):
                 yield parameter
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: so small a model gains nothing from more, and sums have one order."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ import pymerge
 from pymerge.demo import checkpoint, recipes
 from pymerge.demo.data import Task, make_tasks
 from pymerge.demo.experts import trained_models
-from pymerge.demo.model import accuracy
+from pymerge.demo.model import accuracy, one_thread
 from pymerge.demo.optional import optional
 from pymerge.demo.recipes import CONFIGURATIONS, Configuration
 from pymerge.demo.show import Row, plot, table
@@ -52,6 +52,7 @@ class DemoResult:
         return next(row.mean for row in self.rows if row.name == name)
 
 
+@one_thread()
 def evaluate(folder: Path, tasks: Sequence[Task], part: str) -> dict[str, float]:
     """Accuracy of the checkpoint in ``folder`` on every task's ``part``: selection or test."""
     model = checkpoint.load(folder)

@@ -8,9 +8,11 @@ from pymerge.checkpoint import (
     Checkpoint,
     OutputTensor,
     TensorEntry,
+    companion_files,
     open_checkpoint,
     output_config,
     plan_shards,
+    skipped_files,
 )
 from pymerge.errors import PlanError
 from pymerge.formats import F32, F64, Format
@@ -75,6 +77,7 @@ def make_plan(
             f"{recipe.donor} and "
             f"are left out: {first}{', …' if len(outline.dropped) > 5 else ''}"
         )
+    warnings += _file_warnings(checkpoints[recipe.donor])
     return Plan(
         recipe_text=recipe.text,
         method=method,
@@ -242,6 +245,22 @@ def _filter_warnings(
     if misspelt:
         raise PlanError("; ".join(misspelt))
     return sentences
+
+
+def _file_warnings(donor: Checkpoint) -> list[str]:
+    """What the output takes from the donor unmerged, or leaves out."""
+    warnings = []
+    code = [path.name for path in skipped_files(donor)]
+    if code:
+        warnings.append(
+            f"{donor.reference} holds Python files that no configuration names; they are not copied: "
+            f"{', '.join(code[:5])}{', …' if len(code) > 5 else ''}"
+        )
+    weights = [path for path in companion_files(donor) if path.suffix == ".safetensors"]
+    if weights:
+        names = ", ".join(f"{path.parent.name}/{path.name}" for path in weights)
+        warnings.append(f"weights of further modules are copied from {donor.reference}: {names}")
+    return warnings
 
 
 def _config(

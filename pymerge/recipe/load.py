@@ -114,7 +114,7 @@ def _build(root: Node, text: str, specs: Mapping[str, MethodSpec], findings: Fin
         raise findings.as_error()
     name = raw.get("merge_method")
     spec = specs.get(name) if isinstance(name, str) else None
-    document = validate(raw, root, _stray_parameters(spec), findings)
+    document = validate(raw, root, spec.parameters if spec else (), findings)
     if isinstance(name, str) and spec is None:
         match = nearest(name, specs)
         hint = f"; did you mean {match!r}?" if match else ";"
@@ -124,12 +124,6 @@ def _build(root: Node, text: str, specs: Mapping[str, MethodSpec], findings: Fin
     if document is None or spec is None:
         raise findings.as_error()
     return _Builder(document, spec, specs, findings).build(text)
-
-
-def _stray_parameters(spec: MethodSpec | None) -> dict[str, str]:
-    """What to say of a method's parameter that stands outside ``parameters``."""
-    names = spec.parameters if spec else ()
-    return {name: "a parameter of the method, write it under 'parameters'" for name in names}
 
 
 class _Builder:

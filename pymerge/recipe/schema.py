@@ -6,7 +6,7 @@ refuse unknown keys, and ``validate`` turns what pydantic reports into findings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
 from pydantic import (
@@ -213,12 +213,12 @@ def home_of(key: str) -> str | None:
 
 
 def validate(
-    raw: dict[str, Any], root: Node, parameters: Mapping[str, str], findings: Findings
+    raw: dict[str, Any], root: Node, parameters: Collection[str], findings: Findings
 ) -> RecipeDocument | None:
     """The document, or None with errors in ``findings``; ``raw`` is the data of ``root``.
 
-    ``parameters`` maps names of parameters to what to say of one that stands outside
-    ``parameters``. Keys that resemble nothing are warnings and are dropped from ``raw``.
+    ``parameters`` are the names of the method's parameters, which may have been written in the
+    wrong place. Keys that resemble nothing are warnings and are dropped from ``raw``.
     """
     try:
         return RecipeDocument.model_validate(raw)
@@ -234,8 +234,10 @@ def validate(
         match = nearest(key, allowed)
         if match is not None:
             suggested.add((*path[:-1], match))
-        elsewhere = parameters.get(key) or (None if match else home_of(key))
-        findings.unknown_key(path, allowed, belongs=elsewhere)
+        belongs = _parameter_home(key, parameters, exact=match is not None)
+        if belongs is None and match is None:
+            belongs = home_of(key)
+        findings.unknown_key(path, allowed, belongs=belongs)
     for problem in problems:
         # A misspelt key explains why the right one is missing.
         if problem["type"] != "extra_forbidden" and problem["loc"] not in suggested:
@@ -249,6 +251,16 @@ def validate(
         _drop(raw, problem["loc"])
     # Checks of the whole document have not run yet where a part was wrong.
     return validate(raw, root, parameters, findings)
+
+
+def _parameter_home(key: str, parameters: Collection[str], *, exact: bool) -> str | None:
+    """A sentence where ``key`` is, or unless ``exact`` resembles, a parameter."""
+    if key in parameters:
+        return "it is a parameter of the method and belongs under 'parameters'"
+    match = None if exact else nearest(key, parameters)
+    if match is None:
+        return None
+    return f"did you mean the parameter {match!r}, which belongs under 'parameters'?"
 
 
 def _fields_at(path: Path) -> list[str]:

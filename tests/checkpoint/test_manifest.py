@@ -52,9 +52,9 @@ def build(folder, recipe="merge: it"):
         content = shard.header + b"".join(DATA[name] for name in shard.tensors)
         (folder / shard.file_name).write_bytes(content)
         (source / shard.file_name).write_bytes(content)
-    files = {"model.safetensors.index.json": index_json(shards), "config.json": b"{}"}
-    files["1_Pooling/config.json"] = b"{}"
+    files = {"config.json": b"{}", "1_Pooling/config.json": b"{}"}
     (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "model.safetensors.index.json").write_bytes(index_json(shards))
     for name, content in files.items():
         (folder / name).write_bytes(content)
     text = manifest_json(

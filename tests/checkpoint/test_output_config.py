@@ -111,6 +111,14 @@ def test_tie_flag_is_set_wherever_it_stands():
     assert out({"text_config": {}}, tied=True) == {"text_config": {}, "tie_word_embeddings": True}
 
 
+def test_hostile_nesting():
+    config = {}
+    for _ in range(900):
+        config = {"a": config}
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        output_config(config, formats={}, num_layers=None, layer_sources=None, tied=None)
+
+
 def test_no_config_has_no_layers():
     assert layer_count(None) is None
     assert layer_count({"hidden_size": 1}) is None

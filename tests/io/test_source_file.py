@@ -171,10 +171,7 @@ def test_pages_that_were_cached_stay_and_no_others(
     assert 0.2 < before < 0.35
 
     source = open_source(path, method)
-    pieces = [
-        read(source, offset, min(MIB + 1, num_bytes - offset))
-        for offset in range(0, num_bytes, MIB)
-    ]
+    pieces = [read(source, at, min(MIB + 1, num_bytes - at)) for at in range(0, num_bytes, MIB)]
     source.close()
     assert b"".join(piece[:MIB] for piece in pieces) == content
     after = _C.cached_fraction(path)

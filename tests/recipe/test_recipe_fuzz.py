@@ -19,9 +19,16 @@ from pymerge.recipe.schema import (
 from pymerge.recipe.values import CONDITION_KEYS
 
 KEYS = st.sampled_from(
-    [*RecipeDocument.model_fields, *SliceDocument.model_fields, *SourceDocument.model_fields]
-    + [*ModelDocument.model_fields, *PathDocument.model_fields, *CONDITION_KEYS]
-    + ["weight", "density", "normalize", "lambda", "int8_mask", "trim_scope", "weigth", "zzz", "<<"]
+    [
+        *RecipeDocument.model_fields,
+        *SliceDocument.model_fields,
+        *SourceDocument.model_fields,
+        *ModelDocument.model_fields,
+        *PathDocument.model_fields,
+        *CONDITION_KEYS,
+        *("weight", "density", "normalize", "lambda", "int8_mask", "trim_scope"),
+        *("weigth", "zzz", "<<"),
+    ]
 )
 WORDS = st.sampled_from(
     ["linear", "ties", "passthrough", "base", "union", "a@b", "a+b", "*", "1e-5", "float32", "mlp"]

@@ -220,8 +220,8 @@ def test_a_missing_required_parameter(load):
     assert str(caught.value) == (
         "models[1] (line 4): linear needs the parameter 'weight' for each model and the recipe "
         f"gives none for the model b, tensor {NAME!r}; write it beside the model, as in "
-        "'- model: b' followed by 'parameters: {weight: 0.5}', or once for all models under the top-level "
-        "parameters"
+        "'- model: b' followed by 'parameters: {weight: 0.5}', or once for all models under the "
+        "top-level parameters"
     )
 
 
