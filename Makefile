@@ -11,7 +11,7 @@ NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu'
                   CMakeLists.txt setup.py
 CPP_SOURCES := $(filter %.cpp %.h %.cu,$(NATIVE_SOURCES))
 
-.PHONY: help dev native demo test test-all check format bench bench-peers asan doctor clean distclean
+.PHONY: help dev native demo test test-all check format docs bench bench-peers asan doctor clean distclean
 
 # Two targets at once would run pip twice in one environment. Compilation is parallel all the same.
 .NOTPARALLEL:
@@ -24,6 +24,7 @@ help:
 	@echo "make native       rebuild the extension"
 	@echo "make check        ruff, clang-format, mypy"
 	@echo "make format       apply ruff and clang-format"
+	@echo "make docs         write the generated pages of docs/ anew"
 	@echo "make bench        kernel benchmarks (OP=name for one)"
 	@echo "make bench-peers  install mergekit into an environment of its own, for bench and parity tests"
 	@echo "make asan         kernel, I/O and header tests under AddressSanitizer"
@@ -71,6 +72,10 @@ format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+docs: dev
+	$(BIN)/python docs/make_methods.py
+	$(BIN)/python docs/make_kernels.py
 
 bench: dev
 	$(BIN)/python bench/run.py $(OP)

@@ -1,15 +1,17 @@
 """Do two checkpoints hold the same model? The gate before any figure is printed.
 
-    python bench/agreement.py OURS THEIRS
+    python bench/agreement.py OURS THEIRS BASE
 
-Prints one JSON object: whether names, shapes and types agree, and the largest relative difference
-of a tensor, ||ours - theirs|| / ||theirs||.
+Prints one JSON object: whether names, shapes and types agree, the largest relative difference of a
+tensor, ||ours - theirs|| / ||theirs||, and the ratio of the updates of the whole model,
+||ours - base|| / ||theirs - base||.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +28,55 @@ class Weights:
         self.where: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = safe_open(path, framework="pt")
-            self.where.update(dict.fromkeys(file.keys(), file))
+            names: list[str] = file.offset_keys()  # type: ignore[no-untyped-call]
+            self.where.update(dict.fromkeys(names, file))
 
     def layout(self) -> dict[str, tuple[list[int], str]]:
         slices = {name: file.get_slice(name) for name, file in self.where.items()}
         return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
     def rows(self, name: str, first: int) -> torch.Tensor:
-        return self.where[name].get_slice(name)[first : first + ROWS].double()
+        rows: torch.Tensor = self.where[name].get_slice(name)[first : first + ROWS]
+        return rows.double()
 
 
-def relative_difference(ours: Weights, theirs: Weights, name: str, num_rows: int) -> float:
-    difference, size = 0.0, 0.0
-    for first in range(0, num_rows, ROWS):
-        reference = theirs.rows(name, first)
-        difference += float((ours.rows(name, first) - reference).square().sum())
-        size += float(reference.square().sum())
-    return (difference / size) ** 0.5 if size else difference**0.5
-
-
-def compare(ours: Weights, theirs: Weights) -> dict[str, Any]:
+def compare(ours: Weights, theirs: Weights, base: Weights) -> dict[str, Any]:
     layouts = ours.layout(), theirs.layout()
     report: dict[str, Any] = {
         "num_tensors": [len(layout) for layout in layouts],
         "same_layout": layouts[0] == layouts[1],
     }
-    if report["same_layout"]:
-        differences = {
-            name: relative_difference(ours, theirs, name, shape[0])
-            for name, (shape, _) in layouts[0].items()
-        }
-        worst = max(differences, key=lambda name: differences[name])
-        report |= {"largest_relative_difference": differences[worst], "in_tensor": worst}
+    if not report["same_layout"]:
+        return report
+    updates = [0.0, 0.0]
+    differences = {}
+    for name, (shape, _) in layouts[0].items():
+        difference, size = 0.0, 0.0
+        for first in range(0, shape[0], ROWS):
+            sides = ours.rows(name, first), theirs.rows(name, first)
+            origin = base.rows(name, first)
+            difference += squared(sides[0] - sides[1])
+            size += squared(sides[1])
+            updates = [sum_ + squared(x - origin) for sum_, x in zip(updates, sides, strict=True)]
+        differences[name] = math.sqrt(difference / size if size else difference)
+    worst = max(differences, key=lambda name: differences[name])
+    report |= {"largest_relative_difference": differences[worst], "in_tensor": worst}
+    report["update_ratio"] = math.sqrt(updates[0] / updates[1]) if updates[1] else None
     return report
+
+
+def squared(values: torch.Tensor) -> float:
+    return float(values.square().sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare two checkpoint folders.")
     parser.add_argument("ours", type=Path)
     parser.add_argument("theirs", type=Path)
+    parser.add_argument("base", type=Path)
     arguments = parser.parse_args()
-    print(json.dumps(compare(Weights(arguments.ours), Weights(arguments.theirs))))
+    folders = arguments.ours, arguments.theirs, arguments.base
+    print(json.dumps(compare(*map(Weights, folders))))
 
 
 if __name__ == "__main__":

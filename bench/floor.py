@@ -46,12 +46,12 @@ def measure(
 ) -> tuple[float, tuple[str, ...]]:
     """Seconds to read ``inputs`` whole and write ``out_bytes`` to ``out``, and the read methods."""
     sizes = [path.stat().st_size for path in inputs]
-    reads = [
+    reads: list[tuple[int | None, int, int]] = [
         (file, offset, min(BLOCK, size - offset))
         for file, size in enumerate(sizes)
         for offset in range(0, size, BLOCK)
     ]
-    writes = [
+    writes: list[tuple[int | None, int, int]] = [
         (None, offset, min(BLOCK, out_bytes - offset)) for offset in range(0, out_bytes, BLOCK)
     ]
     mixed = [(index / len(reads), work) for index, work in enumerate(reads)]

@@ -42,7 +42,7 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def cpu_model() -> str:
-    fields = {}
+    fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())

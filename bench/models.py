@@ -134,7 +134,8 @@ def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     odd += np.uint32(0x7FFF)
     odd += bits
     odd >>= np.uint32(16)
-    return odd.astype(np.uint16)
+    rounded: NDArray[np.uint16] = odd.astype(np.uint16)
+    return rounded
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -210,8 +211,8 @@ def write_model(folder: Path, shape: Shape, model: int, normals: Normals) -> Non
                 for chunk in tensor_chunks(normals, index, dimensions, model):
                     file.write(chunk.data)
         weight_map.update(dict.fromkeys(tensors, file_name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing, indent=1))
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
 
 

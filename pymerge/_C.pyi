@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-ReadMethod = Literal["dontcache", "direct", "buffered", "plain"]
-StrPath = str | PathLike[str]
+_ReadMethod = Literal["dontcache", "direct", "buffered", "plain"]
+_StrPath = str | PathLike[str]
 
 # Memory
 
@@ -37,9 +37,9 @@ def copy(destination: int, source: int, num_bytes: int) -> None:
 class SourceFile:
     """One file open for reading."""
 
-    def __init__(self, path: StrPath, method: str) -> None: ...
+    def __init__(self, path: _StrPath, method: str) -> None: ...
     @property
-    def method(self) -> ReadMethod:
+    def method(self) -> _ReadMethod:
         """The method in use: "plain" once the kernel has refused the one asked for."""
     @property
     def path(self) -> Path: ...
@@ -61,7 +61,7 @@ class ShardFile:
     """
 
     def __init__(
-        self, path: StrPath, num_bytes: int, drop_cache: bool = False, resume: bool = False
+        self, path: _StrPath, num_bytes: int, drop_cache: bool = False, resume: bool = False
     ) -> None: ...
     @property
     def preallocated(self) -> bool:
@@ -75,22 +75,22 @@ class ShardFile:
         """Return when everything written is on the device. Once failed, never call it again."""
     def close(self) -> None: ...
 
-def probe_read_method(path: StrPath) -> tuple[ReadMethod, str]:
+def probe_read_method(path: _StrPath) -> tuple[_ReadMethod, str]:
     """The first of dontcache, direct, buffered, plain that suits the file, and the reason."""
 
-def direct_alignment(path: StrPath) -> tuple[int, int] | None:
+def direct_alignment(path: _StrPath) -> tuple[int, int] | None:
     """Bytes that O_DIRECT aligns (memory, offset) to; zeros: impossible, None: not known."""
 
-def cached_fraction(path: StrPath) -> float:
+def cached_fraction(path: _StrPath) -> float:
     """The share of the file's pages in the page cache; EPERM where this process may not know."""
 
-def filesystem(path: StrPath) -> str:
+def filesystem(path: _StrPath) -> str:
     """The name of the filesystem, or its magic number in hexadecimal."""
 
-def free_bytes(path: StrPath) -> int:
+def free_bytes(path: _StrPath) -> int:
     """Bytes that an unprivileged process may still allocate on the filesystem of the path."""
 
-def fsync_directory(path: StrPath) -> None:
+def fsync_directory(path: _StrPath) -> None:
     """Make creations, renames and removals in the folder durable."""
 
 # Checksums: CRC-32C (Castagnoli)

@@ -104,7 +104,7 @@ def merge(
     overwrite: bool = False,
     nonfinite: NonFinite = "warn",
     sync: bool = True,
-    cache_output: bool | None = None,
+    cache_output: bool = False,
     read_method: str | None = None,
     trace: str | os.PathLike[str] | None = None,
     progress: Callable[[Snapshot], None] | None = None,
@@ -123,8 +123,8 @@ def merge(
     :param nonfinite: ``"warn"`` reports NaN and infinite elements, ``"fail"`` leaves the merge
         unfinished.
     :param sync: make the output durable against power loss before it is committed (fsync).
-    :param cache_output: leave the output in the page cache; default: where it is small against
-        memory.
+    :param cache_output: leave the output in the page cache, for an evaluation that follows; by
+        default nothing else is pushed out of the cache.
     :param read_method: force how sources are read: dontcache, direct, buffered or plain.
     :param trace: write a Chrome trace of every read, computation and write to this file.
     :param progress: called about ten times a second with a :class:`Snapshot`.
@@ -158,8 +158,6 @@ def merge(
         )
     )
     folder = Path(out)
-    if cache_output is None:
-        cache_output = decided.bytes_written < available_memory() // 4
     files = side_files(decided)
     return run_plan(
         decided,

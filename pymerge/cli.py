@@ -123,13 +123,12 @@ def merge(
         ),
     ] = True,
     cache_output: Annotated[
-        str,
+        bool,
         typer.Option(
             "--cache-output",
-            metavar="auto|keep|drop",
             help="Leave the output in the page cache, for an evaluation that follows.",
         ),
-    ] = "auto",
+    ] = False,
     read_method: Annotated[
         str | None,
         typer.Option(
@@ -150,9 +149,6 @@ def merge(
     from pymerge import api
     from pymerge.terminal import Display, print_report, print_warnings
 
-    caches = {"auto": None, "keep": True, "drop": False}
-    if cache_output not in caches:
-        raise PymergeError(f"--cache-output: expected auto, keep or drop, found {cache_output!r}")
     planned = api.plan(
         recipe,
         memory=memory,
@@ -172,7 +168,7 @@ def merge(
             overwrite=overwrite,
             nonfinite=non_finite,  # type: ignore[arg-type]
             sync=sync,
-            cache_output=caches[cache_output],
+            cache_output=cache_output,
             read_method=read_method,
             trace=trace,
             progress=display.update,

@@ -67,6 +67,11 @@ template <class V, Format kFormat>
 void widen_as(const unsigned char* src, size_t n, float* dst) {
     constexpr size_t size = num_bytes(kFormat);
     const size_t whole = n / V::kLanes * V::kLanes;
+    // The streams take turns a block at a time, too briefly for the processor to foresee the next block.
+    if (n == kBlockElements) {
+        const unsigned char* next = src + n * size;
+        for (size_t at = 0; at < n * size; at += 64) __builtin_prefetch(next + at);
+    }
     for (size_t j = 0; j < whole; j += V::kLanes) V::put(dst + j, V::load(Tag<kFormat>{}, src + j * size));
     if (whole < n) {
         unsigned char rest[V::kLanes * size] = {};

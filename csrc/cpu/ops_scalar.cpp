@@ -96,10 +96,12 @@ struct Scalar {
     static M both(M a, M b) { return a & b; }
     static M first(size_t n) { return n > 0; }
 
-    static F select(M m, F yes, F no) { return m ? yes : no; }
-    static I select(M m, I yes, I no) { return m ? yes : no; }
-    static F zero_unless(M m, F x) { return m ? x : 0.0f; }
-    static F add_where(M m, F acc, F x) { return m ? acc + x : acc; }
+    // By masks: signs and kept elements are as good as random, and branches on them would be mispredicted.
+    static I select(M m, I yes, I no) { return no ^ ((yes ^ no) & -static_cast<I>(m)); }
+    static F select(M m, F yes, F no) { return floats(select(m, bits(yes), bits(no))); }
+    static F zero_unless(M m, F x) { return floats(bits(x) & -static_cast<I>(m)); }
+    // Sums start at +0 and so are never -0: adding +0 changes nothing.
+    static F add_where(M m, F acc, F x) { return acc + zero_unless(m, x); }
     static I count(I acc, M m) { return acc + m; }
     static uint64_t sum(I counts) { return static_cast<uint64_t>(counts); }
     static size_t compress(int32_t* dst, M m, I x) {

@@ -45,7 +45,8 @@ def trained_models(
     mark = folder / "trained.json"
     paths = {name: folder / name for name in ("base", *(task.name for task in tasks))}
     key = {"key": training_key(settings)}
-    if mark.exists() and json.loads(mark.read_text()) == key:
+    complete = all((path / "config.json").exists() for path in paths.values())
+    if complete and mark.exists() and json.loads(mark.read_text()) == key:
         return paths, True
     if folder.exists():
         shutil.rmtree(folder)

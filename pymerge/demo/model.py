@@ -78,7 +78,8 @@ class ResidualMLP(nn.Module):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread: so small a model gains nothing from more, and sums have one order."""
+    """Let torch use one thread: so small a model gains nothing from more, and sums have one
+    order."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

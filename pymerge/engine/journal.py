@@ -9,7 +9,8 @@ One JSON object a line:
 3. ``{"durable": n}`` follows once the bytes of the first n tensors are on the device. After a power
    loss (another boot id) only those count.
 
-A last line that is torn, and anything after a line that cannot be read, does not count.
+A last line that is torn, and anything after a line that cannot be read, does not count. The journal
+is rewritten only by renaming a new one over it, so that there is never a moment without one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from pymerge.errors import StorageError
 
 NAME = ".pymerge-journal"
+_FRESH_NAME = NAME + ".new"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,39 @@ def _boot_id() -> str:
         return "unknown"
 
 
+def _open_locked(path: Path) -> int:
+    """Open and lock the file that ``path`` names now, not one that was replaced meanwhile.
+
+    :raises StorageError: another process holds the lock, or there is no writing or locking here.
+    """
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to the output folder {path.parent}: {error}"
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = os.stat(path)
+            if os.path.samestat(os.fstat(fd), found):
+                return fd
+        except BlockingIOError as error:
+            os.close(fd)
+            raise StorageError(
+                f"another pymerge is writing to {path.parent} at this moment; wait for it or "
+                "choose another output folder"
+            ) from error
+        except FileNotFoundError:
+            pass  # its owner finished between our two calls
+        except OSError as error:
+            os.close(fd)
+            raise StorageError(
+                f"cannot lock {path}: {error}; choose an output folder on a filesystem with locks"
+            ) from error
+        os.close(fd)
+
+
 class Journal:
     """The open, locked journal of one output folder. Its owner calls it from one thread at a time.
 
@@ -49,51 +84,54 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.num_records = 0
-        try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise StorageError(f"cannot write to the output folder {folder}: {error}") from error
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            raise StorageError(
-                f"another pymerge is writing to {folder} at this moment; wait for it or "
-                "choose another "
-                "output folder"
-            ) from error
+        self._opening: dict[str, object] = {}
+        self._fd = _open_locked(self.path)
 
     def read(self) -> tuple[str | None, dict[str, Record]]:
         """The plan hash of the unfinished merge, or None, and its finished tensors."""
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
             lines = file.read().split(b"\n")
-        entries = []
+        plan_hash, boot, durable = None, "", 0
+        tensors: list[tuple[str, Record]] = []
         for line in lines[:-1]:  # what follows the last newline is torn or empty
             try:
-                entries.append(json.loads(line))
-            except ValueError:
+                entry = json.loads(line)
+                if plan_hash is None:
+                    plan_hash, boot = str(entry["plan"]), entry["boot"]
+                elif "durable" in entry:
+                    durable = int(entry["durable"])
+                else:
+                    record = Record(int(entry["crc32c"], 16), int(entry["nonfinite"]))
+                    tensors.append((str(entry["tensor"]), record))
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
-        if not entries or "plan" not in entries[0]:
-            return None, {}
-        tensors = [entry for entry in entries if "tensor" in entry]
-        if entries[0].get("boot") != _boot_id():
-            marks = [int(entry["durable"]) for entry in entries if "durable" in entry]
-            tensors = tensors[: marks[-1] if marks else 0]
-        records = {
-            entry["tensor"]: Record(int(entry["crc32c"], 16), int(entry["nonfinite"]))
-            for entry in tensors
-        }
-        return str(entries[0]["plan"]), records
+        if boot != _boot_id():
+            tensors = tensors[:durable]
+        return plan_hash, dict(tensors)
 
     def begin(self, plan_hash: str, records: dict[str, Record]) -> None:
-        """Write the journal anew with what is known to be done, so that no torn line stays."""
-        os.ftruncate(self._fd, 0)
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        self.num_records = 0
-        self._append({"plan": plan_hash, "boot": _boot_id()})
-        for name, record in records.items():
-            self.add(name, record)
+        """Write the journal anew with what is known to be done, so that no torn line stays inside.
+
+        :raises OSError: it cannot be written; the old one is untouched.
+        """
+        fresh = self.path.with_name(_FRESH_NAME)
+        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        old, self._fd = self._fd, fd
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.num_records = 0
+            self._opening = {"plan": plan_hash, "boot": _boot_id()}
+            self._append(self._opening)
+            for name, record in records.items():
+                self.add(name, record)
+            os.replace(fresh, self.path)
+        except BaseException:
+            self._fd = old
+            os.close(fd)
+            fresh.unlink(missing_ok=True)
+            raise
+        os.close(old)
 
     def add(self, name: str, record: Record) -> None:
         """Record a tensor whose bytes were all written."""
@@ -106,8 +144,17 @@ class Journal:
         self._append({"durable": num_records})
         os.fsync(self._fd)
 
+    def distrust(self) -> None:
+        """From now on only what was marked durable counts: the device lost bytes that were written.
+
+        Overwrites the boot id in place, which needs no space.
+        """
+        other = {**self._opening, "boot": "-" * len(str(self._opening["boot"]))}
+        os.pwrite(self._fd, _line(other), 0)
+
     def remove(self) -> None:
         """Delete the journal: the output is committed, or nothing of it is left."""
+        self.path.with_name(_FRESH_NAME).unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
         self.close()
 
@@ -117,6 +164,10 @@ class Journal:
             self._fd = -1
 
     def _append(self, entry: dict[str, object]) -> None:
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        line = _line(entry)
         while line:
             line = line[os.write(self._fd, line) :]
+
+
+def _line(entry: dict[str, object]) -> bytes:
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -28,10 +29,16 @@ from pathlib import Path
 import numpy as np
 
 from pymerge import _C
-from pymerge.checkpoint import INDEX_NAME, MANIFEST_NAME, index_json
-from pymerge.engine.journal import NAME as JOURNAL_NAME
+from pymerge.checkpoint import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    FileRecord,
+    ShardLayout,
+    index_json,
+    read_manifest,
+)
 from pymerge.engine.journal import Journal, Record
-from pymerge.errors import StorageError
+from pymerge.errors import CheckpointError, StorageError
 from pymerge.plan import Job, Plan
 
 PARTIAL = ".partial"
@@ -39,6 +46,8 @@ SYNC_SECONDS = 10.0
 SYNC_BYTES = 2 << 30
 #: Weight files of any tool: a folder that holds one is somebody's model.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+#: What a loader would take for a part of the model of a folder, and an overwriting merge removes.
+_MODEL_FILE = re.compile(r"(pytorch_)?model([-.].+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 class Output:
@@ -52,6 +61,8 @@ class Output:
         self._drop_cache = drop_cache
         self._created_folder = not folder.exists()
         self._lock = threading.Lock()
+        self._syncing = threading.Lock()
+        self._sync_failed = False
         self._unsynced = 0
         self._last_sync = time.monotonic()
         self._refuse_sources()
@@ -59,8 +70,6 @@ class Output:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot create the output folder {folder}: {error}") from error
-        if not (folder / JOURNAL_NAME).exists():
-            self._refuse_model(overwrite)
         self._journal = Journal(folder)
         self._shards: list[_C.ShardFile | None] = [None] * len(plan.shards)
         try:
@@ -87,9 +96,15 @@ class Output:
             raise self._write_error(error) from error
 
     def finish(self, job: Job, record: Record) -> None:
-        """Journal a tensor whose bytes are all written; complete its shard if it was the last."""
+        """Journal a tensor whose bytes are all written; complete its shard if it was the last.
+
+        :raises StorageError: the device is full or failed; what was written so far can be resumed.
+        """
         with self._lock:
-            self._journal.add(job.name, record)
+            try:
+                self._journal.add(job.name, record)
+            except OSError as error:
+                raise self._write_error(error) from error
             self.records[job.name] = record
             self._left[job.shard] -= 1
             last = self._left[job.shard] == 0
@@ -104,19 +119,27 @@ class Output:
             self.make_durable()
 
     def make_durable(self) -> None:
-        """Sync the open shards, then mark the journal."""
+        """Sync the open shards, then mark the journal.
+
+        :raises StorageError: the device failed; what was marked durable before can be resumed.
+        """
         if not self.sync:
             return
-        with self._lock:
-            num_records = self._journal.num_records
-            shards = [shard for shard in self._shards if shard is not None]
-        try:
-            for shard in shards:
-                shard.sync()
+        with self._syncing:
+            if self._sync_failed:
+                raise StorageError(f"writing to {self.folder} failed: an earlier sync failed")
             with self._lock:
-                self._journal.mark_durable(num_records)
-        except OSError as error:
-            raise self._write_error(error) from error
+                num_records = self._journal.num_records
+                shards = [shard for shard in self._shards if shard is not None]
+            try:
+                for shard in shards:
+                    shard.sync()
+                with self._lock:
+                    self._journal.mark_durable(num_records)
+            except OSError as error:
+                self._sync_failed = True
+                self._journal.distrust()
+                raise self._write_error(error) from error
 
     def complete_resumed(self) -> None:
         """Complete shards whose tensors were all written before the run was interrupted."""
@@ -153,11 +176,14 @@ class Output:
     def _refuse_sources(self) -> None:
         here = self.folder.resolve()
         for reference, checkpoint in self.plan.checkpoints.items():
-            if checkpoint.folder is not None and checkpoint.folder.resolve() == here:
+            folders = {header.path.parent.resolve() for header in checkpoint.headers}
+            folders |= {header.path.resolve().parent for header in checkpoint.headers}
+            if checkpoint.folder is not None:
+                folders.add(checkpoint.folder.resolve())
+            if here in folders:
                 raise StorageError(
-                    f"the output folder {self.folder} is the input model {reference!r}; "
-                    "choose another "
-                    "output folder"
+                    f"the output folder {self.folder} holds the input model {reference!r}; "
+                    "choose another output folder"
                 )
 
     def _refuse_model(self, overwrite: bool) -> None:
@@ -174,18 +200,24 @@ class Output:
 
     def _open(self, overwrite: bool) -> None:
         plan_hash, records = self._journal.read()
-        if plan_hash == self.plan.hash:
-            self.records = {
-                job.name: records[job.name] for job in self.plan.jobs if job.name in records
-            }
+        resumes = plan_hash == self.plan.hash
+        if resumes:
+            names = [job.name for job in self.plan.jobs if job.name in records]
+            self.records = {name: records[name] for name in names}
         elif plan_hash is not None and not overwrite:
             raise StorageError(
-                f"{self.folder} holds an unfinished merge of another recipe or of inputs "
-                "that changed "
-                "since; finish it with its own recipe, or give --overwrite to discard it"
+                f"{self.folder} holds an unfinished merge of another recipe or of inputs that "
+                "changed since; finish it with its own recipe, or give --overwrite to discard it"
             )
-        self._require_space()
-        if plan_hash != self.plan.hash:
+        try:
+            if plan_hash is None:
+                self._refuse_model(overwrite)
+            self._require_space(resumes)
+        except StorageError:
+            if plan_hash is None or (resumes and not self.records):
+                self._abandon()
+            raise
+        if not resumes:
             self._discard()
         created = []
         try:
@@ -203,12 +235,14 @@ class Output:
                     str(path), layout.num_bytes, self._drop_cache, resume
                 )
             self._journal.begin(self.plan.hash, self.records)
+            self._sync_folder()
         except OSError as error:
             for path in created:
                 path.unlink(missing_ok=True)
+            failure = self._write_error(error)
             if not self.records:
                 self._abandon()
-            raise self._write_error(error) from error
+            raise failure from error
 
     def _is_complete(self, number: int) -> bool:
         """Whether a shard was completed and renamed by the run that is being continued."""
@@ -218,47 +252,60 @@ class Output:
             return False
         return all(name in self.records for name in layout.tensors)
 
-    def _require_space(self) -> None:
+    def _require_space(self, resumes: bool) -> None:
         """:raises StorageError: less is free than the output and 1 % need."""
-        missing = 0
-        for layout in self.plan.shards:
-            missing += layout.num_bytes
-            for name in (layout.file_name, layout.file_name + PARTIAL):
-                path = self.folder / name
-                if path.exists():
-                    missing -= min(layout.num_bytes, path.stat().st_blocks * 512)
-        free = _C.free_bytes(str(self.folder)) + self._removable()
+        if resumes:
+            missing = sum(self._missing(layout) for layout in self.plan.shards)
+        else:
+            missing = self.plan.bytes_written - sum(map(_allocated, self._replaced()))
+        free = _C.free_bytes(str(self.folder))
         needed = missing + missing // 100
         if needed > free:
-            if not self.records:
-                self._abandon()
             raise StorageError(
-                f"not enough space in {self.folder}: the output needs {needed:,} bytes, "
-                f"{free:,} are free, "
-                f"{needed - free:,} are missing; free that much or choose another folder"
+                f"not enough space in {self.folder}: the output needs {needed:,} bytes, {free:,} "
+                f"are free, {needed - free:,} are missing; free that much or choose another folder"
             )
 
-    def _removable(self) -> int:
-        """Bytes that an overwritten model gives back."""
-        if self.records:
-            return 0
-        planned = {layout.file_name for layout in self.plan.shards}
-        return sum(
-            path.stat().st_blocks * 512
+    def _missing(self, layout: ShardLayout) -> int:
+        """Bytes of a shard that the device has not given yet."""
+        path = self.folder / layout.file_name
+        held = _allocated(path) + _allocated(path.with_name(path.name + PARTIAL))
+        return max(0, layout.num_bytes - held)
+
+    def _replaced(self) -> list[Path]:
+        """The weights of a previous output, finished or not."""
+        return [
+            path
             for path in self.folder.iterdir()
-            if path.name.endswith(_WEIGHTS) and path.name not in planned
-        )
+            if path.is_file() and _MODEL_FILE.fullmatch(path.name.removesuffix(PARTIAL))
+        ]
 
     def _discard(self) -> None:
-        """Remove a previous output, its commit marks first."""
-        for name in (INDEX_NAME, MANIFEST_NAME):
-            (self.folder / name).unlink(missing_ok=True)
-        for path in list(self.folder.iterdir()):
-            if path.is_file() and path.name.endswith((*_WEIGHTS, PARTIAL)):
-                path.unlink()
+        """Remove a previous output: its commit mark first, its list of files last."""
+        (self.folder / INDEX_NAME).unlink(missing_ok=True)
+        for path in self._replaced():
+            path.unlink()
+        for path in self._written_before():
+            path.unlink()
+        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+
+    def _written_before(self) -> list[Path]:
+        """Files beside the weights that a previous merge wrote and nobody changed since."""
+        try:
+            files = read_manifest(self.folder).files
+        except CheckpointError:
+            return []
+        paths = {self.folder / name: record for name, record in files.items()}
+        return [
+            path
+            for path, record in paths.items()
+            if path.is_file() and FileRecord.of_file(path) == record
+        ]
 
     def _abandon(self) -> None:
         """Leave nothing behind of a run that could not begin."""
+        for layout in self.plan.shards:
+            (self.folder / (layout.file_name + PARTIAL)).unlink(missing_ok=True)
         self._journal.remove()
         if self._created_folder:
             try:
@@ -273,13 +320,13 @@ class Output:
             raise RuntimeError(f"shard {layout.file_name} is complete already")
         try:
             _write_bytes(shard, 8, layout.header[8:])
-            if self.sync:
-                shard.sync()
+            self.make_durable()
             _write_bytes(shard, 0, layout.header[:8])
             self.make_durable()
-            with self._lock:
-                self._shards[number] = None
-            shard.close()
+            with self._syncing:
+                with self._lock:
+                    self._shards[number] = None
+                shard.close()
             if len(self.plan.shards) > 1:
                 path = self.folder / layout.file_name
                 os.replace(f"{path}{PARTIAL}", path)
@@ -317,6 +364,11 @@ class Output:
             "command to "
             "continue"
         )
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of the device that a file holds; 0 where there is none."""
+    return path.stat().st_blocks * 512 if path.exists() else 0
 
 
 def _write_bytes(shard: _C.ShardFile, offset: int, data: bytes) -> None:

@@ -77,32 +77,34 @@ def run_plan(
     :raises PymergeError: a tensor has non-finite elements and ``nonfinite`` is ``fail``.
     """
     events = Events(trace=trace is not None)
-    output = Output(plan, out, overwrite=overwrite, sync=sync, drop_cache=drop_cache)
-    try:
-        sources = Sources(plan.checkpoints, read_method)
-        context = Context(plan, sources, output, events)
-        interrupted = threading.Event()
+    if trace is not None:
+        events.write_trace(trace)  # a place that cannot be written is better found now
+    interrupted = threading.Event()
+    with _signals(interrupted):
+        output = Output(plan, out, overwrite=overwrite, sync=sync, drop_cache=drop_cache)
         try:
-            with _signals(interrupted):
+            sources = Sources(plan.checkpoints, read_method)
+            context = Context(plan, sources, output, events)
+            try:
                 _run_lanes(context, interrupted, progress)
                 sources.check_unchanged()
+            finally:
+                context.close()
+            found = {name: r.nonfinite for name, r in sorted(output.records.items()) if r.nonfinite}
+            if found and nonfinite == "fail":
+                raise PymergeError(_nonfinite_error(found))
+            output.complete_resumed()
+            output.commit(side_files, make_manifest(output))
+        except InterruptedMerge as stop:
+            output.make_durable()
+            raise InterruptedMerge(
+                f"{stop}: {len(output.records)} of {len(plan.jobs)} tensors are written; "
+                f"to continue, {resume_hint}"
+            ) from None
         finally:
-            context.close()
-        found = {name: r.nonfinite for name, r in sorted(output.records.items()) if r.nonfinite}
-        if found and nonfinite == "fail":
-            raise PymergeError(_nonfinite_error(found))
-        output.complete_resumed()
-        output.commit(side_files, make_manifest(output))
-    except InterruptedMerge as stop:
-        output.make_durable()
-        raise InterruptedMerge(
-            f"{stop}: {len(output.records)} of {len(plan.jobs)} tensors are written; to continue, "
-            f"{resume_hint}"
-        ) from None
-    finally:
-        output.close()
-        if trace is not None:
-            events.write_trace(trace)
+            output.close()
+            if trace is not None:
+                events.write_trace(trace)
     seconds = events.elapsed
     return MergeReport(
         out=out,
@@ -170,6 +172,7 @@ def _run_lanes(
     runner = threading.Thread(target=everything, name="pymerge-run")
     runner.start()
     shown = time.monotonic()
+    totals = (_bytes_to_read(context), sum(job.num_bytes for job in todo), len(plan.jobs))
     try:
         while runner.is_alive():
             runner.join(0.05)
@@ -177,23 +180,31 @@ def _run_lanes(
                 context.stop()
             if progress is not None and time.monotonic() - shown >= 0.1:
                 shown = time.monotonic()
-                progress(_snapshot(context))
+                progress(context.events.snapshot(*totals))
     except BaseException:  # KeyboardInterrupt where no handler could be set, or a failing display
         context.stop()
         runner.join()
         raise
     if progress is not None:
-        progress(_snapshot(context))
+        progress(context.events.snapshot(*totals))
     if failures:
         raise failures[0]
     if interrupted.is_set():
         raise InterruptedMerge("interrupted")
 
 
-def _snapshot(context: Context) -> Snapshot:
-    plan = context.plan
-    left = sum(job.source_bytes * plan.looks[job.name] for job in plan.jobs) if plan.jobs else 0
-    return context.events.snapshot(left, plan.bytes_written, len(plan.jobs))
+def _bytes_to_read(context: Context) -> int:
+    """What this run will read: tensors that were done before take part in model-wide looks only."""
+    plan, done = context.plan, context.output.resumed
+    if len(done) == len(plan.jobs):
+        return 0
+    total = 0
+    for job in plan.jobs:
+        passes = plan.looks[job.name]
+        if job.name in done:
+            passes = passes - 1 if plan.model_wide else 0
+        total += job.source_bytes * passes
+    return total
 
 
 def _nonfinite_error(found: Mapping[str, int]) -> str:

@@ -84,3 +84,10 @@ class Sources:
             for opened in self._files.values():
                 opened.close()
             self._files.clear()
+
+
+def _is_short(entry: TensorEntry) -> bool:
+    try:
+        return entry.file.stat().st_size < entry.offset + entry.num_bytes
+    except OSError:
+        return False

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from pymerge import _C
+from pymerge.engine.blocks import Stopped
 from pymerge.engine.context import Context
 from pymerge.engine.journal import Record
 from pymerge.methods.protocol import Apply, Measure, Tile, decide
@@ -204,6 +205,8 @@ class TensorRun:
         )
 
     def _read(self, entry: Any, first: int, num_bytes: int, block: int) -> int:
+        if self.context.stopping:
+            raise Stopped
         pool = self.context.pool
         return self.context.sources.read(entry, first, num_bytes, block, pool.block_bytes)
 
@@ -217,14 +220,21 @@ class TensorRun:
 
 
 def gather(futures: Iterable[Future[Any]]) -> list[Any]:
-    """Results in order; on a failure the other tasks are waited for before it is raised, because
-    they still use blocks that the caller is about to give back."""
+    """Results in order; after a failure no more tasks are started, and those that run are waited
+    for before it is raised, because they still use blocks that the caller is about to give back."""
     started: list[Future[Any]] = []
     failure: BaseException | None = None
+    failed = threading.Event()
+
+    def look(future: Future[Any]) -> None:
+        if future.exception() is not None:
+            failed.set()
+
     try:
         for future in futures:
             started.append(future)
-            if future.done() and future.exception() is not None:
+            future.add_done_callback(look)
+            if failed.is_set():
                 break
     except BaseException as error:
         failure = error

@@ -1,7 +1,7 @@
 """Weighted mean of the models ("model soup"), Wortsman et al. 2022, arXiv 2203.05482.
 
-``out = Σ wᵢ·θᵢ / Σ wᵢ``; without ``normalize`` the sum is not divided. No task vectors: a base is
-only the donor of names and configuration, and takes part only if it is listed with a weight.
+``out = Σ wᵢ·θᵢ / Σ wᵢ``; without ``normalize`` the sum is not divided. No task vectors: a
+``base_model`` is the donor of names and configuration and, like any other input, needs a weight.
 """
 
 from __future__ import annotations

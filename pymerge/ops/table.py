@@ -1,5 +1,4 @@
-"""The op table: what each op computes, what it moves through memory, how exact it is, who offers
-it.
+"""The op table: what each op computes and moves, how exact it is, which backends offer it.
 
 Shared definitions. An input is a View of raw elements. value(x) is the float32 of an element, exact
 for every format but float64, which rounds to nearest even. delta_i = value(x_i) - value(base) in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_patches_come_from_their_columns_only() -> None:
 
 def test_picture_parts_use_disjoint_columns() -> None:
     spans = sorted(data.COLUMNS.values())
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert spans[0][0] >= 0
     assert spans[-1][1] <= 1
 

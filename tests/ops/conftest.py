@@ -1,5 +1,4 @@
-"""What the tests of this room share: forced instruction sets, guarded memory, byte-wise
-comparison."""
+"""Shared by the tests of this room: forced instruction sets, guarded memory, byte comparison."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class Guarded:
 
 
 def assert_same_bytes(found: Any, expected: Any, what: str) -> None:
-    """Bitwise equality of two arrays or numbers; reports the first byte that differs, where, and
-    both values."""
+    """Bitwise equality of two arrays or numbers; reports the first byte that differs."""
     found, expected = np.ascontiguousarray(found), np.ascontiguousarray(expected)
     assert found.dtype == expected.dtype, f"{what}: dtype {found.dtype}, expected {expected.dtype}"
     assert found.shape == expected.shape, f"{what}: shape {found.shape}, expected {expected.shape}"

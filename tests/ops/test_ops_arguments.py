@@ -1,5 +1,4 @@
-"""Wrong arguments, missing instruction sets and a missing extension: what is said, and that nothing
-runs."""
+"""Wrong arguments, a missing instruction set or extension: what is said, and that nothing runs."""
 
 from __future__ import annotations
 

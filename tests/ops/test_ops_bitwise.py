@@ -22,8 +22,7 @@ READABLE = (*WRITABLE, F8_E4M3, F8_E5M2)
 
 @dataclass(frozen=True)
 class Tile:
-    """A part of a tensor: the models' formats, the base's and the output's, and what the elements
-    are like."""
+    """A part of a tensor: the formats of models, base and output, and what the elements are."""
 
     num: int
     models: tuple[Format, ...] = (BF16,) * 4
@@ -58,8 +57,7 @@ TILES = [
 
 
 def numbers(tile: Tile, model: int) -> np.ndarray[Any, Any]:
-    """The float32 elements of model number ``model``, or of the base for -1, before they take their
-    format."""
+    """The elements of model number ``model``, or of the base for -1, as float32."""
     base = np.random.default_rng([tile.num, 0]).normal(0, 0.02, tile.num).astype(np.float32)
     rng = np.random.default_rng([tile.num, 1, model + 1])
     if tile.content == "special":

@@ -1,5 +1,4 @@
-"""Element formats against torch: every 8- and 16-bit pattern, and rounding at every kind of
-midpoint."""
+"""Element formats against torch: every 8- and 16-bit pattern, and rounding at all midpoints."""
 
 from __future__ import annotations
 
@@ -62,8 +61,7 @@ def test_every_pattern_survives_a_round_trip(dtype: torch.dtype, isa: str, same_
 
 
 def hard_to_round(dtype: torch.dtype) -> np.ndarray[Any, Any]:
-    """Random float32 patterns, and around every 16-bit number: itself, the midpoint above, and
-    their neighbours."""
+    """Random float32 patterns; every 16-bit number, the midpoints between them, and neighbours."""
     random = np.random.default_rng(7).integers(0, 2**32, 200_000, dtype=np.uint32)
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     exact = numbers[numbers.isfinite()].double()
@@ -132,8 +130,7 @@ def test_overflow_is_counted_after_rounding(isa: str) -> None:
 
 
 def test_subnormals_survive_a_flushing_caller(isa: str, same_bytes: Any) -> None:
-    """Libraries linked with -ffast-math switch subnormals off for the whole thread; the ops do not
-    follow."""
+    """A library linked with -ffast-math flushes subnormals for the whole thread; ops do not."""
     x = np.array([1e-45, -1e-40, 1e-39], np.float32)
     base = np.array([1e-38, 1e-38, 1e-38], np.float32)
     out, expected = np.empty_like(x), np.empty_like(x)

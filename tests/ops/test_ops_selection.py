@@ -16,8 +16,7 @@ START = 2**31 + 77
 
 
 def top_k(model: np.ndarray[Any, Any], k: int) -> tuple[int, int]:
-    """Threshold and cutoff that keep the k largest magnitudes, ties in index order, found by the
-    ops."""
+    """Threshold and cutoff, by the ops, that keep the k largest, ties in index order."""
     sample = ops.magnitude_sample(None, [view(model)], START, group=64, stride=4)[0]
     spread = np.sort(sample)[::-1]
     middle = k * len(sample) // NUM

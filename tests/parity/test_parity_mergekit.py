@@ -23,8 +23,9 @@ pymerge = pytest.importorskip("pymerge")
 DRIVER = Path(__file__).with_name("drive_mergekit.py")
 
 #: Recipes whose outputs must agree everywhere. {x} stands for the folder of the checkpoint x.
-#: The gradients sum to one in every layer: each program is up to 2.5 units from the exact value where
-#: it divides by a sum that is not, so that rare elements would be 3 units apart with nobody at fault.
+#: The gradients sum to one in every layer: each program is up to 2.5 units from the exact value
+#: where it divides by a sum that is not, and rare elements would be 3 units apart with nobody at
+#: fault.
 EXACT = {
     "linear": """
         merge_method: linear

@@ -1,0 +1,102 @@
+"""Write docs/methods.md from the specifications of the merge methods.
+
+Run it after a change in pymerge/methods: ``make docs``. A test compares.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from pymerge.methods import METHODS
+from pymerge.methods.protocol import Method
+from pymerge.methods.spec import MethodSpec, ParameterSpec
+
+PAGE = Path(__file__).with_name("methods.md")
+
+INTRODUCTION = """\
+# Merge methods
+
+<!-- Made by docs/make_methods.py from the methods' own specifications; do not edit. -->
+
+`pymerge methods` prints this list, `pymerge methods NAME` one method. [The recipe](recipe.md)
+tells how parameters are set for single models, layers and tensors, [kernels](kernels.md) how the
+arithmetic is done.
+
+θ₀ is the base model, θᵢ the models in the order of the recipe, wᵢ their weights. Arithmetic is
+float32 in that order, with one rounding at the end.
+"""
+
+
+def render() -> str:
+    """The page."""
+    methods = sorted(METHODS.values(), key=lambda entry: entry.spec.name)
+    overview = table(
+        ("method", "base model", "models", "what it does"),
+        [
+            (f"[`{spec.name}`](#{spec.name})", base_text(spec), count_text(spec), spec.summary)
+            for spec in (method.spec for method in methods)
+        ],
+    )
+    return "\n".join((INTRODUCTION, overview, *(section(method) for method in methods)))
+
+
+def section(method: Method) -> str:
+    """One method: formula, source, parameters."""
+    spec = method.spec
+    parts = [f"## {spec.name}", description(method)]
+    if spec.paper:
+        parts.append(f"Paper: <{spec.paper}>")
+    parts.append(
+        table(
+            ("parameter", "given", "values", "default", "meaning"),
+            [parameter_row(parameter) for parameter in spec.parameters.values()],
+        )
+    )
+    return "\n" + "\n\n".join(parts)
+
+
+def description(method: Method) -> str:
+    """The docstring of the method's module, with Markdown's quotes and a line per paragraph."""
+    module = inspect.getmodule(method.merge)
+    text = inspect.cleandoc((module and module.__doc__) or method.spec.summary)
+    paragraphs = re.split(r"\n\s*\n", text.strip().replace("``", "`"))
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def parameter_row(parameter: ParameterSpec) -> tuple[str, ...]:
+    scope = "per model" if parameter.scope == "model" else "once"
+    default = "required" if parameter.required else f"`{str(parameter.default).lower()}`"
+    return (f"`{parameter.name}`", scope, values_text(parameter), default, parameter.doc)
+
+
+def values_text(parameter: ParameterSpec) -> str:
+    if parameter.choices:
+        return ", ".join(f"`{choice}`" for choice in parameter.choices)
+    low, high = parameter.minimum, parameter.maximum
+    if low is not None and high is not None:
+        return f"{parameter.kind}, {low:g} to {high:g}"
+    if low is not None:
+        return f"{parameter.kind}, at least {low:g}"
+    return parameter.kind if high is None else f"{parameter.kind}, at most {high:g}"
+
+
+def base_text(spec: MethodSpec) -> str:
+    return "one of the models" if spec.base == "input" else spec.base
+
+
+def count_text(spec: MethodSpec) -> str:
+    if spec.max_models == spec.min_models:
+        return str(spec.min_models)
+    end = "or more" if spec.max_models is None else f"to {spec.max_models}"
+    return f"{spec.min_models} {end}"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = (head, ("---",) * len(head), *rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render() + "\n", encoding="utf-8")
