@@ -38,8 +38,9 @@ class CMakeBuild(build_ext):
             f"-DPYMERGE_OUTPUT_DIR={target.parent}",
             *shlex.split(os.environ.get("PYMERGE_CMAKE_ARGS", "")),
         ]
-        if shutil.which("ninja") and not (build_dir / "CMakeCache.txt").exists():
-            configure += ["-G", "Ninja"]
+        ninja = shutil.which("ninja")
+        if ninja:  # named each time: the one of an isolated build is gone at the next
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.check_call(configure)
         subprocess.check_call([self._cmake(), "--build", str(build_dir), "--parallel"])
 

@@ -40,8 +40,9 @@ from machine import ROOT, describe, filesystem, machine_line
 BENCH = ROOT / "bench"
 RESULTS = BENCH / "results"
 PEER_ENVIRONMENT = ROOT / ".venv-peers"
-#: Largest relative difference of a tensor. Rounding to bfloat16 at every step moves it by some tenths
-#: of a percent; in TIES, which of many equal magnitudes survive is open, and that moves it by one.
+#: Largest relative difference of a tensor. Rounding to bfloat16 at every step moves it by some
+#: tenths of a percent; in TIES, which of many equal magnitudes survive is open, which moves it by
+#: about one.
 DIFFERENCE = 0.02
 #: Largest deviation of the ratio of the updates' norms from 1: neither of the two changes it, but a
 #: model, a weight, a trim or a sign election that differs does.
@@ -206,9 +207,9 @@ def agree(report: dict[str, Any]) -> bool:
     """Whether two outputs are the same merge, by what agreement.py reports."""
     if not report["same_layout"]:
         return False
-    ratio = report["update_ratio"]
-    same_update = ratio is None or abs(ratio - 1) <= UPDATE
-    return same_update and report["largest_relative_difference"] <= DIFFERENCE
+    ratio: float | None = report["update_ratio"]
+    difference: float = report["largest_relative_difference"]
+    return difference <= DIFFERENCE and (ratio is None or abs(ratio - 1) <= UPDATE)
 
 
 class Runner:

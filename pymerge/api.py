@@ -140,9 +140,11 @@ def merge(
     from pymerge.plan import Plan
 
     if nonfinite not in ("warn", "fail"):
-        raise PymergeError(f"nonfinite: expected 'warn' or 'fail', found {nonfinite!r}")
+        raise PymergeError(f"non-finite: expected warn or fail, found {nonfinite!r}")
     if read_method is not None and read_method not in METHODS:
-        raise PymergeError(f"read_method: expected one of {METHODS}, found {read_method!r}")
+        raise PymergeError(
+            f"read method: expected one of {', '.join(METHODS)}, found {read_method!r}"
+        )
     decided = (
         recipe
         if isinstance(recipe, Plan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -201,9 +202,12 @@ def plan(
     allow_pickle: PickleOption = False,
     allow_missing: MissingOption = False,
 ) -> None:
-    """Print what a merge will do: jobs, bytes, memory, backends, time floor. Reads headers only."""
+    """Print what a merge will do: jobs, bytes, memory, backends, time floor.
+
+    Of the models only headers are read.
+    """
     from pymerge import api
-    from pymerge.engine.rates import existing_parent, floor_seconds, known_rates, measure_rates
+    from pymerge.engine.rates import rates_of
     from pymerge.terminal import print_plan
 
     planned = api.plan(
@@ -216,9 +220,7 @@ def plan(
         allow_pickle=allow_pickle,
         allow_missing=allow_missing,
     )
-    place = existing_parent(folder)
-    rates = known_rates(place) or measure_rates(place)
-    print_plan(planned, rates, floor_seconds(planned, rates), as_json=as_json, tensors=tensors)
+    print_plan(planned, rates_of(folder), as_json=as_json, tensors=tensors)
 
 
 @app.command()
@@ -234,7 +236,7 @@ def verify(
     for problem in report.problems:
         typer.echo(problem, err=True)
     if report.problems:
-        raise PymergeError(f"{out} is damaged: {len(report.problems)} problems, see above")
+        raise PymergeError(f"{out} is damaged, see above")
     if not quiet:
         typer.echo(
             f"{out} is whole: {report.files_checked} files, {format_size(report.num_bytes)} checked"
@@ -293,7 +295,8 @@ def doctor(
     """Tell what is available on this machine, and why the rest is not."""
     from pymerge.doctor import examine
 
-    for line in examine(folder).lines():
+    report = examine(folder)
+    for line in report.lines():
         typer.echo(line)
     if measure:
         from pymerge.engine.rates import existing_parent, measure_rates
@@ -306,6 +309,8 @@ def doctor(
             f"{format_size(rates.write)}/s, memory copy "
             f"{format_size(rates.copy)}/s"
         )
+    if report.problems:
+        raise PymergeError("pymerge cannot merge here; the problems are listed above")
 
 
 @app.command()
@@ -328,7 +333,7 @@ def main() -> None:
         app(standalone_mode=False)
     except PymergeError as error:
         if _debug:
-            raise
+            traceback.print_exc()
         _fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,17 +16,28 @@ from rich.table import Table
 
 from pymerge.checkpoint import Checkpoint
 from pymerge.engine.events import Snapshot
-from pymerge.engine.rates import Rates
+from pymerge.engine.rates import Rates, floor_seconds
 from pymerge.engine.run import MergeReport
 from pymerge.methods.spec import MethodSpec, ParameterSpec
 from pymerge.plan import Plan
-from pymerge.sizes import format_size
+from pymerge.sizes import counted, format_size
 
 #: A piped run prints a line this often.
 LINE_SECONDS = 5.0
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+#: A smaller merge is over before its time says anything about the storage.
+SMALL_BYTES = 100_000_000
+#: Into a pipe a table is as wide as it needs to be, so that names can be searched for.
+PIPE_WIDTH = 400
+
+
+def _console(stream: TextIO) -> Console:
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=True)
+
+
+_out = _console(sys.stdout)
+_err = _console(sys.stderr)
 
 
 class Display:
@@ -34,7 +45,7 @@ class Display:
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
-        self._live = enabled and _err.is_terminal
+        self._live = enabled and sys.stderr.isatty()
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -100,12 +111,17 @@ def print_warnings(warnings: Sequence[str]) -> None:
 
 def print_report(report: MergeReport) -> None:
     """The summary of a finished merge."""
+    if report.num_resumed == report.num_tensors:
+        _out.print(
+            f"[bold]{escape(str(report.out))}[/]: this merge was finished before, nothing to do; "
+            "pymerge verify compares it with its checksums"
+        )
+        return
     resumed = f" ({report.num_resumed} were done before)" if report.num_resumed else ""
     rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
     _out.print(
-        f"[bold]{escape(str(report.out))}[/]: {report.num_tensors} tensors merged by "
-        f"{report.method}{resumed} in "
-        f"{report.seconds:.2f} s"
+        f"[bold]{escape(str(report.out))}[/]: {counted(report.num_tensors, 'tensor')} merged by "
+        f"{report.method}{resumed} in {report.seconds:.2f} s"
     )
     stages = ", ".join(
         f"{stage} {seconds:.2f} s" for stage, seconds in report.stage_seconds.items()
@@ -115,18 +131,21 @@ def print_report(report: MergeReport) -> None:
         f"{format_size(report.bytes_written)}, together "
         f"{format_size(rate)}/s; thread time: {stages}"
     )
-    floor = (
-        f"{report.floor_fraction:.2f} of the storage floor"
-        if report.floor_fraction is not None
-        else "storage floor not measured (pymerge doctor --measure)"
-    )
-    _out.print(f"  peak memory {format_size(report.peak_memory)}; {floor}")
+    _out.print(f"  peak memory {format_size(report.peak_memory)}{_floor_share(report)}")
     for name, count in report.nonfinite.items():
         _err.print(f"[yellow]warning:[/] {escape(name)}: {count} non-finite elements")
 
 
-def plan_summary(plan: Plan, rates: Rates, floor: float) -> dict[str, Any]:
-    """The plan as plain data."""
+def _floor_share(report: MergeReport) -> str:
+    if report.bytes_written < SMALL_BYTES:
+        return ""
+    if report.floor_fraction is None:
+        return "; storage floor not measured (pymerge doctor --measure)"
+    return f"; {report.floor_fraction:.2f} of the storage floor"
+
+
+def plan_summary(plan: Plan, rates: Rates | None) -> dict[str, Any]:
+    """The plan as plain data; the floor is None where the storage could not be measured."""
     return {
         "method": plan.method.spec.name,
         "inputs": {
@@ -153,17 +172,17 @@ def plan_summary(plan: Plan, rates: Rates, floor: float) -> dict[str, Any]:
             op: {"backend": backend, "passed_over": plan.ops.reasons[op]}
             for op, backend in plan.ops.backends.items()
         },
-        "floor_seconds": floor,
-        "rates": dict(rates.__dict__),
+        "floor_seconds": None if rates is None else floor_seconds(plan, rates),
+        "rates": None if rates is None else dict(rates.__dict__),
         "plan_hash": plan.hash,
         "warnings": list(plan.warnings),
         "dropped": list(plan.dropped),
     }
 
 
-def print_plan(plan: Plan, rates: Rates, floor: float, *, as_json: bool, tensors: bool) -> None:
+def print_plan(plan: Plan, rates: Rates | None, *, as_json: bool, tensors: bool) -> None:
     """A plan for people, or as JSON."""
-    summary = plan_summary(plan, rates, floor)
+    summary = plan_summary(plan, rates)
     rows: list[dict[str, Any]] = [
         {
             "name": job.name,
@@ -184,7 +203,7 @@ def print_plan(plan: Plan, rates: Rates, floor: float, *, as_json: bool, tensors
         return
     print_warnings(plan.warnings)
     table = Table.grid(padding=(0, 2))
-    for key, value in _plan_lines(plan, summary, rates, floor):
+    for key, value in _plan_lines(plan, summary):
         table.add_row(f"[bold]{key}[/]", escape(value))
     _out.print(table)
     if tensors:
@@ -202,9 +221,7 @@ def print_plan(plan: Plan, rates: Rates, floor: float, *, as_json: bool, tensors
         _out.print(listing)
 
 
-def _plan_lines(
-    plan: Plan, summary: Mapping[str, Any], rates: Rates, floor: float
-) -> list[tuple[str, str]]:
+def _plan_lines(plan: Plan, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts, memory = summary["tensors"], summary["memory"]
     streamed = counts["streamed"]
     backends: dict[str, list[str]] = {}
@@ -214,15 +231,14 @@ def _plan_lines(
     lines = [
         ("method", summary["method"]),
         *(
-            ("input", f"{name}: {each['files']} files, {format_size(each['bytes'])}")
+            ("input", f"{name}: {counted(each['files'], 'file')}, {format_size(each['bytes'])}")
             for name, each in summary["inputs"].items()
         ),
         ("donor", f"{summary['donor']} (names, order, configuration)"),
         ("tensors", f"{counts['merged']} merged, {counts['copied']} copied"),
         (
             "output",
-            f"{len(plan.shards)} file{'s' if len(plan.shards) > 1 else ''}, "
-            f"{format_size(plan.bytes_written)}",
+            f"{counted(len(plan.shards), 'file')}, {format_size(plan.bytes_written)}",
         ),
         ("reads", format_size(plan.bytes_read)),
         (
@@ -233,17 +249,25 @@ def _plan_lines(
         ),
         ("threads", str(plan.tiling.threads)),
         *(("backend", f"{name} ({', '.join(ops)})") for name, ops in backends.items()),
-        (
-            "floor",
-            f"about {floor:.1f} s for the storage alone (device read "
-            f"{format_size(rates.read)}/s, cached "
-            f"{format_size(rates.cached_read)}/s, write {format_size(rates.write)}/s)",
-        ),
+        ("floor", _floor_text(summary)),
     ]
     if streamed:
         first = ", ".join(streamed[:3]) + (", …" if len(streamed) > 3 else "")
-        lines.append(("read twice", f"{len(streamed)} tensors: {first}; more memory avoids it"))
+        text = f"{counted(len(streamed), 'tensor')}: {first}; "
+        cause = "the model is measured as a whole" if plan.model_wide else "more memory avoids it"
+        lines.append(("read again", text + cause))
     return lines
+
+
+def _floor_text(summary: Mapping[str, Any]) -> str:
+    rates = summary["rates"]
+    if rates is None:
+        return "not measured: the folder cannot be written (choose one with --folder)"
+    return (
+        f"about {summary['floor_seconds']:.1f} s for the storage alone (device read "
+        f"{format_size(rates['read'])}/s, cached {format_size(rates['cached_read'])}/s, write "
+        f"{format_size(rates['write'])}/s)"
+    )
 
 
 def print_checkpoint(
@@ -276,7 +300,8 @@ def print_checkpoint(
         )
     formats = sorted({entry.format.name for entry in checkpoint.tensors.values()})
     _out.print(
-        f"[bold]{len(checkpoint.tensors)} tensors[/], {len(checkpoint.headers)} files, "
+        f"[bold]{counted(len(checkpoint.tensors), 'tensor')}[/], "
+        f"{counted(len(checkpoint.headers), 'file')}, "
         f"{format_size(checkpoint.total_bytes)}, {', '.join(formats)}"
     )
 

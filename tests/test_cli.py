@@ -156,7 +156,6 @@ WRONG = {
     "shard size": (["plan", "recipe.yml", "--shard-size", "0"], 2, "shard size"),
     "backend": (["merge", "recipe.yml", "x", "--backend", "abacus"], 2, "cpu, reference"),
     "read method": (["merge", "recipe.yml", "x", "--read-method", "osmosis"], 2, "dontcache"),
-    "cache": (["merge", "recipe.yml", "x", "--cache-output", "maybe"], 2, "auto, keep or drop"),
     "non-finite": (["merge", "recipe.yml", "x", "--non-finite", "maybe"], 2, "'warn' or 'fail'"),
     "no manifest": (["verify", "llama"], 2, "pymerge_manifest.json"),
     "no checkpoint": (["inspect", "./nothing"], 2, "./nothing"),

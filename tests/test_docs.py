@@ -100,6 +100,11 @@ def test_quickstart_lists_the_options_of_merge():
     rows = re.findall(r"^\| (`-.*?) \|", page, re.M)
     listed = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(rows)))
     assert listed == options_of("merge") - {"--help", "-h"}
+    for parameter in COMMANDS["merge"].params:
+        if parameter.param_type_name == "option" and parameter.name != "help":
+            row = next(row for row in rows if re.search(rf"{parameter.opts[0]}\b", row))
+            takes_value = " " in row.split("`")[1]
+            assert takes_value is not parameter.is_flag, f"{parameter.opts[0]} takes a value or not"
 
 
 @pytest.mark.parametrize(

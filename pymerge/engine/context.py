@@ -36,8 +36,15 @@ class Context:
         self._stopping = threading.Event()
 
     def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Queue a task that owns its blocks."""
-        return self._tasks.submit(task, *args)
+        """Queue a task that owns its blocks; if it fails, nothing queued behind it starts."""
+        return self._tasks.submit(self._run, task, *args)
+
+    def _run(self, task: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return task(*args)
+        except BaseException:
+            self.stop()
+            raise
 
     @contextmanager
     def computing(self, tensor: str, num_bytes: int) -> Iterator[None]:

@@ -45,10 +45,12 @@ def measure_rates(folder: Path) -> Rates:
             _copy_seconds(arena, PROBE_BYTES)  # touch the memory once
             copy = _copy_seconds(arena, PROBE_BYTES)
             write = _write_seconds(path, arena)
+            _read_seconds(path, arena, "plain")  # now the page cache holds it
             cached = _read_seconds(path, arena, "plain")
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            device = _read_seconds(path, arena, "plain")
+            method, _ = _C.probe_read_method(path)
+            device = _read_seconds(path, arena, method)
     except OSError as error:
         raise StorageError(f"cannot measure the storage in {folder}: {error}") from error
     rates = Rates(*(PROBE_BYTES / seconds for seconds in (device, cached, write, copy)))
@@ -81,6 +83,16 @@ def floor_seconds(plan: Plan, rates: Rates) -> float:
         share = _C.cached_fraction(str(path))
         seconds += num_bytes * (share / rates.cached_read + (1 - share) / rates.read)
     return seconds
+
+
+def rates_of(folder: Path) -> Rates | None:
+    """The rates of the storage that holds ``folder``, measured if they are not known; None where it
+    cannot be written."""
+    place = existing_parent(folder)
+    try:
+        return known_rates(place) or measure_rates(place)
+    except StorageError:
+        return None
 
 
 def known_floor(plan: Plan, folder: Path) -> float | None:
@@ -119,12 +131,12 @@ def _remember(folder: Path, rates: Rates) -> None:
 def _copy_seconds(arena: _C.Arena, num_bytes: int) -> float:
     begin = time.perf_counter()
     for _ in range(num_bytes // BLOCK_BYTES):
-        _C.copy(arena.address + BLOCK_BYTES, arena.address, BLOCK_BYTES)
+        _C.copy(arena.address + BLOCK_BYTES + 8192, arena.address, BLOCK_BYTES)
     return time.perf_counter() - begin
 
 
 def _write_seconds(path: str, arena: _C.Arena) -> float:
-    shard = _C.ShardFile(path, PROBE_BYTES, False, False)
+    shard = _C.ShardFile(path, PROBE_BYTES, drop_cache=True)
     begin = time.perf_counter()
     for offset in range(0, PROBE_BYTES, BLOCK_BYTES):
         shard.write(offset, arena.address, BLOCK_BYTES)
@@ -138,7 +150,7 @@ def _read_seconds(path: str, arena: _C.Arena, method: str) -> float:
     source = _C.SourceFile(path, method)
     begin = time.perf_counter()
     for offset in range(0, PROBE_BYTES, BLOCK_BYTES):
-        source.read(offset, BLOCK_BYTES, arena.address, BLOCK_BYTES)
+        source.read(offset, BLOCK_BYTES, arena.address, BLOCK_BYTES + 8192)
     seconds = time.perf_counter() - begin
     source.close()
     return seconds

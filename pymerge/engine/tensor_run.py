@@ -220,31 +220,17 @@ class TensorRun:
 
 
 def gather(futures: Iterable[Future[Any]]) -> list[Any]:
-    """Results in order; after a failure no more tasks are started, and those that run are waited
-    for before it is raised, because they still use blocks that the caller is about to give back."""
+    """Results in order; on a failure the other tasks are waited for before it is raised, because
+    they still use blocks that the caller is about to give back."""
     started: list[Future[Any]] = []
-    failure: BaseException | None = None
-    failed = threading.Event()
-
-    def look(future: Future[Any]) -> None:
-        if future.exception() is not None:
-            failed.set()
-
+    failures: list[BaseException] = []
     try:
         for future in futures:
             started.append(future)
-            future.add_done_callback(look)
-            if failed.is_set():
-                break
     except BaseException as error:
-        failure = error
-    results = []
-    for future in started:
-        problem = future.exception()
-        if problem is None:
-            results.append(future.result())
-        else:
-            failure = failure or problem
-    if failure is not None:
+        failures.append(error)
+    failures += [each for future in started if (each := future.exception()) is not None]
+    # Stopped is only what a failure elsewhere brings about.
+    for failure in sorted(failures, key=lambda each: isinstance(each, Stopped)):
         raise failure
-    return results
+    return [future.result() for future in started]

@@ -42,7 +42,11 @@ def _kernels() -> Any:
 
 
 def why_not(op: str | None = None) -> str | None:
-    """Why this backend cannot run ``op`` here, or None. It offers every op of the table."""
+    """Why this backend cannot run ``op`` here, or None. It offers every op of the table.
+
+    Raises BackendError where PYMERGE_ISA names an instruction set that is missing: what is asked
+    for by name is never replaced in silence.
+    """
     extension = _load()
     if extension is None:
         return (
@@ -50,7 +54,7 @@ def why_not(op: str | None = None) -> str | None:
             "build it with `make native`, or install pymerge again"
         )
     if not extension.isa():
-        return (
+        raise BackendError(
             f"PYMERGE_ISA asks for {os.environ.get('PYMERGE_ISA', '')!r}; "
             f"this machine and build have {', '.join(extension.available_isas())}"
         )

@@ -28,7 +28,8 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
     arena = max(SMALLEST_ARENA, memory - OVERHEAD_BYTES)
     if memory < OVERHEAD_BYTES + SMALLEST_ARENA:
         raise PlanError(
-            f"--memory {memory >> 20} MiB is too little: the program itself takes about "
+            f"a memory of {memory / (1 << 20):.4g} MiB is too little: the program itself "
+            "takes about "
             f"{OVERHEAD_BYTES >> 20} MiB and needs {SMALLEST_ARENA >> 20} MiB to stream; "
             "give at least "
             f"{(OVERHEAD_BYTES + SMALLEST_ARENA) >> 20} MiB"
@@ -40,7 +41,8 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
     if block < SMALLEST_BLOCK:
         needed = OVERHEAD_BYTES + SMALLEST_BLOCK * widest * in_flight
         raise PlanError(
-            f"--memory {memory >> 20} MiB is too little to merge {widest - 1} tensors at "
+            f"a memory of {memory / (1 << 20):.4g} MiB is too little to merge {widest - 1} "
+            "tensors at "
             "once; give at "
             f"least {(needed >> 20) + 1} MiB"
         )

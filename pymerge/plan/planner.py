@@ -77,6 +77,8 @@ def make_plan(
             f"{recipe.donor} and "
             f"are left out: {first}{', …' if len(outline.dropped) > 5 else ''}"
         )
+    model_wide = any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs)
+    _rehearse(method, jobs, ops, model_wide)
     warnings += _file_warnings(checkpoints[recipe.donor])
     return Plan(
         recipe_text=recipe.text,
@@ -89,10 +91,22 @@ def make_plan(
         config=_config(recipe.donor, checkpoints[recipe.donor], jobs, outline),
         tiling=cut_memory(jobs, memory, threads, readers),
         ops=ops,
-        model_wide=any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs),
+        model_wide=model_wide,
         warnings=tuple(dict.fromkeys(warnings)),
         dropped=outline.dropped,
     )
+
+
+def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: bool) -> None:
+    """Let the method decide what it can without data, so that its objections come before the run.
+
+    :raises RecipeError: the parameters of a tensor do not work together.
+    """
+    tensors = [job.tensor(ops) for job in jobs if job.kind == "merge"]
+    for tensor in tensors:
+        method.merge(tensor)  # a generator does not start before it is asked
+    if model_wide and method.measure_model is not None:
+        next(method.measure_model(tensors), None)
 
 
 def _draft(
@@ -253,7 +267,8 @@ def _file_warnings(donor: Checkpoint) -> list[str]:
     code = [path.name for path in skipped_files(donor)]
     if code:
         warnings.append(
-            f"{donor.reference} holds Python files that no configuration names; they are not copied: "
+            f"{donor.reference} holds Python files that no configuration names; they are "
+            "not copied: "
             f"{', '.join(code[:5])}{', …' if len(code) > 5 else ''}"
         )
     weights = [path for path in companion_files(donor) if path.suffix == ".safetensors"]
