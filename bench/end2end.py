@@ -322,7 +322,9 @@ def print_table(comparisons: Sequence[Comparison]) -> None:
             )
         floors = [floor["seconds"] for floor in comparison.floors]
         spread = f"{min(floors):.2f}-{max(floors):.2f}"
-        rows.append((comparison.method, "floor", f"{comparison.floor:.2f}", spread, *[""] * 4))
+        cpu = statistics.median(floor["cpu"] for floor in comparison.floors)
+        cells = (f"{comparison.floor:.2f}", spread, f"{cpu:.2f}", *[""] * 3)
+        rows.append((comparison.method, "floor", *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]

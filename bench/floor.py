@@ -30,9 +30,10 @@ COPY_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Floor:
-    """Wall seconds of one pass, the bytes it moved and how the files were read."""
+    """Wall and CPU seconds of one pass, the bytes it moved and how the files were read."""
 
     seconds: float
+    cpu: float
     read_bytes: int
     written_bytes: int
     sync: bool
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--sync", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
+    cpu = time.process_time()
     seconds, methods = measure(
         arguments.inputs,
         arguments.out,
@@ -122,9 +124,11 @@ def main() -> None:
         sync=arguments.sync,
         threads=arguments.threads,
     )
+    cpu = time.process_time() - cpu
     arguments.out.unlink()
     floor = Floor(
         seconds=seconds,
+        cpu=cpu,
         read_bytes=sum(path.stat().st_size for path in arguments.inputs),
         written_bytes=arguments.out_bytes,
         sync=arguments.sync,

@@ -1,5 +1,4 @@
-"""A real fine-tuned model, all-MiniLM-L6-v2 from its package, merged with altered copies of
-itself."""
+"""A real fine-tuned model, all-MiniLM-L6-v2, merged with altered copies of itself."""
 
 from __future__ import annotations
 

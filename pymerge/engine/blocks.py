@@ -10,6 +10,7 @@ import threading
 from collections import deque
 
 from pymerge import _C
+from pymerge.errors import PlanError
 
 
 class Stopped(Exception):
@@ -17,12 +18,21 @@ class Stopped(Exception):
 
 
 class BlockPool:
-    """Hands out blocks by address; requests are served in the order they were made."""
+    """Hands out blocks by address; requests are served in the order they were made.
+
+    :raises PlanError: the system does not give that much memory.
+    """
 
     def __init__(self, block_bytes: int, num_blocks: int) -> None:
         self.block_bytes = block_bytes
         self.num_blocks = num_blocks
-        self._arena = _C.Arena(block_bytes * num_blocks)
+        try:
+            self._arena = _C.Arena(block_bytes * num_blocks)
+        except OSError as error:
+            raise PlanError(
+                f"the system does not give {block_bytes * num_blocks:,} bytes of memory: {error}; "
+                "give a smaller --memory"
+            ) from error
         first = self._arena.address
         self._free = [first + index * block_bytes for index in reversed(range(num_blocks))]
         self._turn: deque[object] = deque()

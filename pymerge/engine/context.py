@@ -32,8 +32,27 @@ class Context:
         self._tasks = ThreadPoolExecutor(
             tiling.threads + tiling.readers, thread_name_prefix="pymerge-task"
         )
+        # One tile beyond those the tasks carry waits its turn: more would only touch more memory.
+        self._in_flight = threading.Semaphore(tiling.threads + tiling.readers + 1)
         self._slots = threading.Semaphore(tiling.threads)
         self._stopping = threading.Event()
+
+    def acquire_tile(self, count: int) -> list[int]:
+        """Wait until another tile may pass through, and for its blocks.
+
+        :raises Stopped: the run is ending.
+        """
+        self._in_flight.acquire()
+        try:
+            return self.pool.acquire(count)
+        except Stopped:
+            self._in_flight.release()
+            raise
+
+    def release_tile(self, blocks: list[int]) -> None:
+        """Give back what :meth:`acquire_tile` gave."""
+        self.pool.release(blocks)
+        self._in_flight.release()
 
     def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
         """Queue a task that owns its blocks; if it fails, nothing queued behind it starts."""

@@ -25,7 +25,7 @@ from pymerge.errors import InterruptedMerge, PymergeError, StorageError
 from pymerge.plan import Plan
 
 #: Jobs in progress at once: while one computes, the next is read.
-NUM_LANES = 4
+NUM_LANES = 3
 NonFinite = Literal["warn", "fail"]
 
 

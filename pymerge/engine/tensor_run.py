@@ -80,7 +80,7 @@ class TensorRun:
         """Start a look at one tile; waits here for its blocks."""
         if self.resident:
             return self.context.submit(self._look_resident, index, run)
-        blocks = self.context.pool.acquire(len(self.job.sources))
+        blocks = self.context.acquire_tile(len(self.job.sources))
         return self.context.submit(self._look_streamed, index, run, blocks)
 
     def _look_resident(self, index: int, run: Callable[[Tile], Any]) -> Any:
@@ -94,7 +94,7 @@ class TensorRun:
             with self.context.computing(self.job.name, self._tile_bytes(index)):
                 return run(tile)
         finally:
-            self.context.pool.release(blocks)
+            self.context.release_tile(blocks)
 
     def _write_all(self) -> list[tuple[int, int, int]]:
         """Apply to every tile; [(crc32c, bytes, non-finite)] in tile order."""
@@ -112,7 +112,7 @@ class TensorRun:
         return self._submit_all(self._apply_streamed, len(self.job.sources) + 1, apply)
 
     def _submit_all(self, task: Callable[..., Any], num_blocks: int, *args: Any) -> list[Any]:
-        acquire, submit = self.context.pool.acquire, self.context.submit
+        acquire, submit = self.context.acquire_tile, self.context.submit
         return gather(
             submit(task, index, acquire(num_blocks), *args) for index in range(self.num_tiles)
         )
@@ -130,7 +130,7 @@ class TensorRun:
             tile = self._read_tile(index, blocks)
             return self._apply(index, tile, apply, blocks[-1])
         finally:
-            self.context.pool.release(blocks)
+            self.context.release_tile(blocks)
 
     def _apply(self, index: int, tile: Tile, apply: Apply, block: int) -> tuple[int, int, int]:
         code = self.job.format.code
@@ -163,13 +163,13 @@ class TensorRun:
                 self.context.output.write(self.job, first, address, num_bytes)
             return crc, num_bytes, nonfinite
         finally:
-            self.context.pool.release(blocks)
+            self.context.release_tile(blocks)
 
     def _byte_range(self, index: int) -> tuple[int, int]:
         """Bytes of a copied tile; formats of less than a byte an element are cut at whole bytes."""
         step = self.tile_elements * self.job.element_bytes
         first = index * step
-        return first, max(0, min(step, self.job.num_bytes - first))
+        return first, min(step, self.job.num_bytes - first)
 
     def _span(self, index: int) -> tuple[int, int]:
         start = index * self.tile_elements

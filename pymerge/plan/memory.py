@@ -15,7 +15,7 @@ from pymerge.plan.model import Job, Tiling
 #: What the process needs beside its blocks: interpreter, libraries, tables, thread stacks.
 OVERHEAD_BYTES = 96 << 20
 SMALLEST_ARENA = 32 << 20
-LARGEST_BLOCK = (1 << 20) + Tiling.SLACK
+LARGEST_BLOCK = (2 << 20) + Tiling.SLACK
 SMALLEST_BLOCK = (16 << 10) + Tiling.SLACK
 PAGE = 4096
 

@@ -105,6 +105,8 @@ class Tiling:
         return max(1, fit - fit % 4096 if fit >= 4096 else fit)
 
     def num_tiles(self, job: Job) -> int:
+        if job.kind == "copy" and not job_converts(job):  # elements may be smaller than a byte
+            return -(-job.num_bytes // (self.tile_elements(job) * job.element_bytes))
         return -(-job.num_elements // self.tile_elements(job))
 
     def streamed_blocks(self, job: Job) -> int:

@@ -128,8 +128,14 @@ def make_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], shards: int
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """11 tensors of up to 12,288 elements."""
+    """9 tensors of up to 12,288 elements."""
     return make_models(tmp_path_factory.mktemp("small"), layers(2, 64))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """6 tensors of up to 768 elements."""
+    return make_models(tmp_path_factory.mktemp("tiny"), layers(1, 16))
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +147,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Two tensors of more than a block each, and small ones."""
-    return make_models(tmp_path_factory.mktemp("large"), layers(1, 523))
+    return make_models(tmp_path_factory.mktemp("large"), layers(1, 331))
 
 
 @pytest.fixture(scope="session")

@@ -78,15 +78,31 @@ def small_tiles(
         patch.setattr(memory, "PAGE", 2)
 
 
+def most_bytes(plan: Any) -> int:
+    """What a run may read: the plan's looks, and what it takes to place equal magnitudes.
+
+    Each model may need one more tile of each tensor, and with a rank over the whole model one tensor
+    in which its ties are split.
+    """
+    models = max(len(job.models) for job in plan.jobs)
+    tiles = sum(
+        plan.tiling.tile_elements(job) * sum(entry.format.num_bytes for entry in job.sources)
+        for job in plan.streamed
+    )
+    split = max(job.source_bytes for job in plan.jobs) if plan.model_wide else 0
+    return int(plan.bytes_read + models * (tiles + split))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(
     ("block_bytes", "num_blocks", "whole_pages"),
-    [(65536, 16, True), (4096, 400, True), (4096, 9, True), (5002, 13, False), (46, 9, False)],
+    [(65536, 16, True), (4096, 400, True), (4096, 24, True), (502, 40, False), (46, 24, False)],
     ids=["64K", "4K-resident", "4K", "odd", "tiny"],
 )
 def test_tiles(
     large: Any,
     small: Any,
+    tiny: Any,
     tmp_path: Path,
     digests: Any,
     wholes: Any,
@@ -97,18 +113,20 @@ def test_tiles(
     whole_pages: bool,
 ) -> None:
     """Tiles of 46 bytes hold 23 elements of 2 bytes; few blocks leave no tensor resident."""
-    models, whole = (large, wholes(name)) if block_bytes > 5002 else (small, {})
-    if not whole:
+    models = large if block_bytes > 4096 else small if block_bytes > 502 else tiny
+    if models is large:
+        whole = wholes(name)
+    else:
         api.merge(RECIPES[name](models), tmp_path / "whole", threads=1)
         whole = digests(tmp_path / "whole")
     arena = (block_bytes + SLACK) * num_blocks
     small_tiles(monkeypatch, block_bytes, arena, whole_pages)
     for threads in (1, 3):
         decided = api.plan(RECIPES[name](models), memory=arena, threads=threads)
-        assert max(map(decided.tiling.num_tiles, decided.jobs)) > 3
+        assert max(map(decided.tiling.num_tiles, decided.jobs)) > 2
         report = api.merge(decided, tmp_path / str(threads))
         assert digests(tmp_path / str(threads)) == whole
-        assert report.bytes_read <= decided.bytes_read
+        assert report.bytes_read <= most_bytes(decided)
 
 
 @pytest.mark.parametrize("name", ["linear", "ties", "ties-model", "convert"])
