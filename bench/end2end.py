@@ -156,11 +156,13 @@ def write_recipe(method: str, work: Path, num_models: int, dtype: str) -> Compar
     base = work / "base"
     tuned = [work / f"tuned-{number}" for number in range(1, num_models + 1)]
     lines = [f"merge_method: {method.partition('-')[0]}"]
+    models: Sequence[Path | str]
     if method == "linear":
-        models = tuned if num_models > 1 else [base, *tuned]
-        inputs, own, shared = models, "weight: 1.0", "normalize: true"
+        inputs = tuned if num_models > 1 else [base, *tuned]
+        models, own, shared = inputs, "weight: 1.0", "normalize: true"
     elif method == "linear-self":
-        inputs = models = [base, base]
+        # A recipe names a model once; the same folder in other words is read once all the same.
+        models, inputs = [base, f"{base}/."], [base]
         own, shared = "weight: 0.5", "normalize: true"
     else:
         models, inputs = tuned, [base, *tuned]

@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pymerge.checkpoint import (
+    MANIFEST_NAME,
     Checkpoint,
     FileRecord,
+    Manifest,
     companion_files,
     config_json,
     manifest_json,
+    read_manifest,
     tokenizer_files,
 )
+from pymerge.engine.journal import NAME as JOURNAL_NAME
 from pymerge.engine.journal import Record
-from pymerge.errors import StorageError
+from pymerge.errors import CheckpointError, StorageError
 from pymerge.plan import Plan
 from pymerge.report.card import CardModel, model_card
 
@@ -38,6 +42,22 @@ def side_files(plan: Plan) -> dict[str, bytes]:
         files["config.json"] = config_json(plan.config)
     files[CARD_NAME] = _card(plan).encode()
     return files
+
+
+def finished_manifest(plan: Plan, folder: Path) -> Manifest | None:
+    """The manifest of a folder that holds the whole output of exactly this plan, else None."""
+    if (folder / JOURNAL_NAME).exists() or not (folder / MANIFEST_NAME).exists():
+        return None
+    try:
+        manifest = read_manifest(folder)
+        if manifest.content.get("plan") != plan.hash:
+            return None
+        sizes = {shard.file_name: shard.num_bytes for shard in plan.shards}
+        sizes |= {name: record.num_bytes for name, record in manifest.files.items()}
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (CheckpointError, OSError):
+        return None
+    return manifest if whole else None
 
 
 def make_manifest(plan: Plan, records: Mapping[str, Record], files: Mapping[str, bytes]) -> bytes:

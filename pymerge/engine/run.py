@@ -17,12 +17,14 @@ from typing import Literal
 from pymerge.engine.blocks import Stopped
 from pymerge.engine.context import Context
 from pymerge.engine.events import Events, Snapshot
+from pymerge.engine.finish import finished_manifest
 from pymerge.engine.model_look import measure_model
 from pymerge.engine.output import Output
 from pymerge.engine.sources import Sources
 from pymerge.engine.tensor_run import TensorRun
 from pymerge.errors import InterruptedMerge, PymergeError, StorageError
 from pymerge.plan import Plan
+from pymerge.sizes import counted
 
 #: Jobs in progress at once: while one computes, the next is read.
 NUM_LANES = 3
@@ -72,11 +74,19 @@ def run_plan(
 ) -> MergeReport:
     """Merge according to ``plan`` into the folder ``out``.
 
+    A folder that holds the finished output of this very plan is left as it is.
+
     :raises StorageError: reading or writing failed; what is done stays resumable.
     :raises InterruptedMerge: SIGINT or SIGTERM came; what is done stays resumable.
     :raises PymergeError: a tensor has non-finite elements and ``nonfinite`` is ``fail``.
     """
     events = Events(trace=trace is not None)
+    before = None if overwrite else finished_manifest(plan, out)
+    if before is not None:
+        found = before.content["nonfinite"]
+        _check_finite(found, nonfinite)
+        everything = frozenset(job.name for job in plan.jobs)
+        return _report(plan, out, events, everything, found, {}, None)
     if trace is not None:
         events.write_trace(trace)  # a place that cannot be written is better found now
     interrupted = threading.Event()
@@ -91,8 +101,7 @@ def run_plan(
             finally:
                 context.close()
             found = {name: r.nonfinite for name, r in sorted(output.records.items()) if r.nonfinite}
-            if found and nonfinite == "fail":
-                raise PymergeError(_nonfinite_error(found))
+            _check_finite(found, nonfinite)
             output.complete_resumed()
             output.commit(side_files, make_manifest(output))
         except InterruptedMerge as stop:
@@ -105,23 +114,46 @@ def run_plan(
             output.close()
             if trace is not None:
                 events.write_trace(trace)
+    return _report(plan, out, events, output.resumed, found, sources.methods, floor_seconds)
+
+
+def _report(
+    plan: Plan,
+    out: Path,
+    events: Events,
+    resumed: frozenset[str],
+    nonfinite: Mapping[str, int],
+    read_methods: Mapping[str, str],
+    floor_seconds: float | None,
+) -> MergeReport:
     seconds = events.elapsed
     return MergeReport(
         out=out,
         method=plan.method.spec.name,
         num_tensors=len(plan.jobs),
-        num_resumed=len(output.resumed),
+        num_resumed=len(resumed),
         bytes_read=events.bytes["read"],
         bytes_written=events.bytes["write"],
         seconds=seconds,
         stage_seconds=dict(events.seconds),
         floor_fraction=None if floor_seconds is None else min(1.0, floor_seconds / seconds),
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        nonfinite=found,
+        peak_memory=_peak_memory(),
+        nonfinite=nonfinite,
         backends=plan.ops.backends,
-        read_methods=sources.methods,
+        read_methods=read_methods,
         warnings=plan.warnings,
     )
+
+
+def _peak_memory() -> int:
+    """Peak resident bytes of this program.
+
+    ``ru_maxrss`` would count what the process that started us had in memory at that moment.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _run_lanes(
@@ -207,14 +239,16 @@ def _bytes_to_read(context: Context) -> int:
     return total
 
 
-def _nonfinite_error(found: Mapping[str, int]) -> str:
+def _check_finite(found: Mapping[str, int], policy: NonFinite) -> None:
+    """:raises PymergeError: there are non-finite elements and the policy is ``fail``."""
+    if not found or policy != "fail":
+        return
     names = ", ".join(f"{name} ({count})" for name, count in list(found.items())[:5])
-    return (
-        f"{len(found)} tensors of the result hold non-finite elements: {names}"
-        f"{', …' if len(found) > 5 else ''}. Look at the inputs with `pymerge inspect "
-        "--check`, or accept "
-        "them with --non-finite warn; the unfinished output was kept and is continued by "
-        "the same command"
+    raise PymergeError(
+        f"{counted(len(found), 'tensor')} of the result have non-finite elements: {names}"
+        f"{', …' if len(found) > 5 else ''}. Look for them in the inputs with "
+        "`pymerge inspect --check`, or accept them with --non-finite warn: the same command then "
+        "finishes what is there"
     )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,9 @@ def save_model(folder: Path, tensors: Mapping[str, Raw], shards: int = 1) -> Pat
     return folder
 
 
-def model_tensors(seed: int, shapes: Mapping[str, tuple[int, ...]], change: float) -> dict[str, Raw]:
+def model_tensors(
+    seed: int, shapes: Mapping[str, tuple[int, ...]], change: float
+) -> dict[str, Raw]:
     """A base (``change`` 0) or a fine-tune of it, in bfloat16."""
     base, tuned = np.random.default_rng(0), np.random.default_rng(seed)
     found = {}
@@ -239,8 +241,8 @@ def check_unfinished() -> Callable[[Path, Path], None]:
     return _check_unfinished
 
 
-@pytest.fixture()
-def child() -> Iterator[Callable[[Callable[[], None]], int]]:
+@pytest.fixture
+def child() -> Callable[[Callable[[], None]], int]:
     """Runs a function in a forked child; returns its exit code (100 where it raised)."""
 
     def run(function: Callable[[], None]) -> int:
@@ -255,4 +257,4 @@ def child() -> Iterator[Callable[[Callable[[], None]], int]]:
         _, status = os.waitpid(pid, 0)
         return os.waitstatus_to_exitcode(status)
 
-    yield run
+    return run

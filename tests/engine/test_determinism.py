@@ -81,8 +81,8 @@ def small_tiles(
 def most_bytes(plan: Any) -> int:
     """What a run may read: the plan's looks, and what it takes to place equal magnitudes.
 
-    Each model may need one more tile of each tensor, and with a rank over the whole model one tensor
-    in which its ties are split.
+    Each model may need one more tile of each tensor, and with a rank over the whole model one
+    tensor in which its ties are split.
     """
     models = max(len(job.models) for job in plan.jobs)
     tiles = sum(
@@ -130,9 +130,7 @@ def test_tiles(
 
 
 @pytest.mark.parametrize("name", ["linear", "ties", "ties-model", "convert"])
-def test_instruction_sets(
-    large: Any, tmp_path: Path, digests: Any, wholes: Any, name: str
-) -> None:
+def test_instruction_sets(large: Any, tmp_path: Path, digests: Any, wholes: Any, name: str) -> None:
     before = ops.isa()
     try:
         for isa in ops.available_isas():
@@ -155,9 +153,7 @@ def test_instruction_set_by_the_environment(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ways_to_read(
-    large: Any, tmp_path: Path, digests: Any, wholes: Any, method: str
-) -> None:
+def test_ways_to_read(large: Any, tmp_path: Path, digests: Any, wholes: Any, method: str) -> None:
     for name in ("linear", "ties", "passthrough"):
         report = api.merge(
             RECIPES[name](large), tmp_path / name, read_method=method, cache_output=False
@@ -219,9 +215,7 @@ def values(folder: Path) -> Mapping[str, bytes]:
     return found
 
 
-def test_values_are_those_of_the_reference(
-    small: Any, tmp_path: Path
-) -> None:
+def test_values_are_those_of_the_reference(small: Any, tmp_path: Path) -> None:
     """The whole pipeline against the naive sum of the files' numbers."""
     recipe = {**small.recipe("linear"), "dtype": "float32"}
     api.merge(recipe, tmp_path / "out")

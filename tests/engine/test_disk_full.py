@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ JOURNAL = ".pymerge-journal"
 TMPFS_BYTES = 1 << 20
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 1 MiB."""
     place = tmp_path / "disk"
@@ -77,7 +78,7 @@ def test_reservation_fails_although_space_looked_enough(
 ) -> None:
     """With several shards the first ones fit."""
     monkeypatch.setattr(_C, "free_bytes", lambda path: 1 << 40)
-    with pytest.raises(StorageError, match="no space left.*still to be written") as raised:
+    with pytest.raises(StorageError, match=r"no space left.*still to be written") as raised:
         api.merge(many.recipe("linear"), tiny_disk / "out", shard_size=shard_size)
     assert raised.value.exit_code == 3
     assert list(tiny_disk.iterdir()) == []
@@ -89,37 +90,28 @@ def test_resume_finds_the_space_it_holds(small: Any, tiny_disk: Path, digests: A
     with failing_write(3), pytest.raises(StorageError):
         api.merge(plan, tiny_disk / "out")
     filler = tiny_disk / "filler"
-    with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    with open(filler, "r+b") as file:  # room for the files beside the weights
-        file.truncate(filler.stat().st_size - 12 * 4096)
+    beside = 12 * 4096  # room for the files beside the weights
+    filler.write_bytes(bytes(_C.free_bytes(str(tiny_disk)) - beside))
     api.merge(plan, tiny_disk / "out")
     api.merge(plan, tiny_disk.parent / "whole")
     assert digests(tiny_disk / "out") == digests(tiny_disk.parent / "whole")
 
 
-class failing_write:  # noqa: N801 - used like a function
-    """While it lasts, the n-th write to a shard and all later ones fail."""
+@contextmanager
+def failing_write(nth: int) -> Iterator[None]:
+    """While it lasts, the n-th write to a shard and all later ones find the disk full."""
+    left = [nth]
 
-    def __init__(self, nth: int, error: int = errno.ENOSPC) -> None:
-        self.left, self.error = nth, error
+    class Shard(_C.ShardFile):  # type: ignore[misc]
+        def write(self, offset: int, address: int, length: int) -> None:
+            left[0] -= 1
+            if left[0] <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            super().write(offset, address, length)
 
-    def __enter__(self) -> None:
-        self.patch = pytest.MonkeyPatch()
-        arranged = self
-
-        class Shard(_C.ShardFile):  # type: ignore[misc]
-            def write(self, offset: int, address: int, length: int) -> None:
-                arranged.left -= 1
-                if arranged.left <= 0:
-                    raise OSError(arranged.error, os.strerror(arranged.error), str(self.path))
-                super().write(offset, address, length)
-
-        self.patch.setattr(_C, "ShardFile", Shard)
-
-    def __exit__(self, *error: object) -> None:
-        self.patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_C, "ShardFile", Shard)
+        yield
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "passthrough"])
@@ -131,7 +123,8 @@ def test_disk_filled_in_the_middle(
     plan = api.plan(small.recipe(method), threads=2)
     with failing_write(nth), pytest.raises(StorageError, match="no space left") as raised:
         api.merge(plan, tmp_path / "out")
-    assert re.search(r"up to [\d,]+ bytes are still to be written, [\d,]+ are free", str(raised.value))
+    numbers = r"up to [\d,]+ bytes are still to be written, [\d,]+ are free"
+    assert re.search(numbers, str(raised.value))
     assert not (tmp_path / "out" / "model.safetensors").exists()
     report = api.merge(plan, tmp_path / "out")
     assert report.num_resumed >= nth - 4  # three other lanes may be a write ahead of their record
@@ -184,9 +177,7 @@ def test_journal_cannot_grow(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_journal_cannot_begin(
-    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_journal_cannot_begin(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(fd: int, data: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -196,7 +187,7 @@ def test_journal_cannot_begin(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture()
+@pytest.fixture
 def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Path]]:
     """Arranges that the n-th sync fails, once, as the system reports a lost write."""
 

@@ -51,7 +51,7 @@ def test_the_command(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-@pytest.fixture()
+@pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[signal.Signals, int], None]:
     """Arranges for a signal to this process when a shard is written for the n-th time."""
 
@@ -98,7 +98,7 @@ def test_a_tensor_that_fits_is_not_read_to_its_end(
     """A tensor of many tiles is left in the middle."""
     monkeypatch.setattr(memory, "LARGEST_BLOCK", (16 << 10) + 8192)
     plan = api.plan(large.recipe("ties"), memory="256MiB", threads=1)
-    assert plan.tiling.num_tiles(plan.jobs[0]) > 90
+    assert plan.tiling.num_tiles(plan.jobs[0]) > 30
     real, reads = Sources.read, []
 
     def read(self: Sources, *args: Any) -> int:
@@ -112,7 +112,7 @@ def test_a_tensor_that_fits_is_not_read_to_its_end(
     monkeypatch.setattr(Sources, "read", read)
     with pytest.raises(InterruptedMerge):
         api.merge(plan, tmp_path / "out")
-    assert len(reads) < 60
+    assert len(reads) < 40
 
 
 def test_no_signals_in_other_threads(small: Any, tmp_path: Path) -> None:

@@ -37,12 +37,13 @@ def stop_after(num_tensors: int) -> Iterator[None]:
         left[0] -= 1
         add(self, name, record)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Unplugged):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "add", counted)
-        yield
+        with pytest.raises(Unplugged):
+            yield
 
 
-@pytest.fixture()
+@pytest.fixture
 def stopped(small: Any, tmp_path: Path, digests: Any) -> Any:
     """A merge stopped after five tensors: (plan, folder, digests of the whole)."""
     plan = api.plan(small.recipe("ties"), memory=160 * MIB, threads=1)
@@ -125,7 +126,7 @@ def test_resume_with_other_memory_and_threads(stopped: Any, small: Any, digests:
 
 def test_other_shard_size_is_another_merge(stopped: Any, small: Any, digests: Any) -> None:
     plan, out, whole = stopped
-    with pytest.raises(StorageError, match="unfinished merge of another recipe.*--overwrite"):
+    with pytest.raises(StorageError, match=r"unfinished merge of another recipe.*--overwrite"):
         api.merge(small.recipe("ties"), out, shard_size="60KB")
     assert api.merge(plan, out).num_resumed == 5
     assert digests(out) == whole
@@ -142,7 +143,7 @@ def test_other_recipe_needs_overwrite(
     assert digests(out) == digests(tmp_path / "fresh")
 
 
-@pytest.fixture()
+@pytest.fixture
 def copied(small: Any, tmp_path: Path) -> dict[str, Any]:
     """A recipe over private copies of the models, which a test may change."""
     folders = []
@@ -243,9 +244,25 @@ def test_finished_model_is_refused(small: Any, tmp_path: Path, digests: Any) -> 
     out = tmp_path / "out"
     api.merge(small.recipe("linear"), out)
     before = digests(out)
-    for method in ("linear", "ties"):
-        with pytest.raises(StorageError, match="holds a model already .*--overwrite"):
-            api.merge(small.recipe(method), out)
+    with pytest.raises(StorageError, match=r"holds a model already .*--overwrite"):
+        api.merge(small.recipe("ties"), out)
+    with pytest.raises(StorageError, match=r"holds a model already .*--overwrite"):
+        api.merge(small.recipe("linear"), out, shard_size="60KB")
+    assert digests(out) == before
+
+
+def test_finished_merge_is_left_as_it_is(small: Any, tmp_path: Path, digests: Any) -> None:
+    out = tmp_path / "out"
+    api.merge(small.recipe("linear"), out)
+    before, times = digests(out), {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    report = api.merge(small.recipe("linear"), out)
+    assert (report.bytes_read, report.bytes_written, report.num_resumed) == (0, 0, 9)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    with open(out / "model.safetensors", "ab") as file:
+        file.write(b"?")
+    with pytest.raises(StorageError, match="holds a model already"):
+        api.merge(small.recipe("linear"), out)
+    api.merge(small.recipe("linear"), out, overwrite=True)
     assert digests(out) == before
 
 
@@ -380,5 +397,6 @@ def test_progress_of_a_resumed_merge_reaches_its_totals(stopped: Any) -> None:
     shown: list[Any] = []
     api.merge(plan, out, progress=shown.append)
     last = shown[-1]
-    assert (last.bytes_read, last.bytes_written) == (last.bytes_read_total, last.bytes_written_total)
+    assert last.bytes_read == last.bytes_read_total > 0
+    assert last.bytes_written == last.bytes_written_total > 0
     assert last.tensors_done == last.tensors_total == len(plan.jobs)

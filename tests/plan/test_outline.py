@@ -119,9 +119,7 @@ def test_gradients_run_over_the_layers_of_a_slice(tmp_path: Path) -> None:
 def test_without_a_base_the_first_model_is_the_donor(tmp_path: Path) -> None:
     a = write_model(tmp_path / "a", 2, value=1, config={"note": "first"})
     b = write_model(tmp_path / "b", 2, value=3, config={"note": "second"})
-    tensors, config = merged(
-        {"merge_method": "linear", "models": weights(b, a)}, tmp_path / "out"
-    )
+    tensors, config = merged({"merge_method": "linear", "models": weights(b, a)}, tmp_path / "out")
     assert config["note"] == "second"
     assert tensors["model.layers.1.attn.weight"][0, 0] == 3
 
