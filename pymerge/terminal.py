@@ -111,7 +111,8 @@ def print_warnings(warnings: Sequence[str]) -> None:
 
 def print_report(report: MergeReport) -> None:
     """The summary of a finished merge."""
-    if report.num_resumed == report.num_tensors:
+    if report.done_before:
+        _print_nonfinite(report)
         _out.print(
             f"[bold]{escape(str(report.out))}[/]: this merge was finished before, nothing to do; "
             "pymerge verify compares it with its checksums"
@@ -132,8 +133,13 @@ def print_report(report: MergeReport) -> None:
         f"{format_size(rate)}/s; thread time: {stages}"
     )
     _out.print(f"  peak memory {format_size(report.peak_memory)}{_floor_share(report)}")
+    _print_nonfinite(report)
+
+
+def _print_nonfinite(report: MergeReport) -> None:
     for name, count in report.nonfinite.items():
-        _err.print(f"[yellow]warning:[/] {escape(name)}: {count} non-finite elements")
+        text = counted(count, "non-finite element")
+        _err.print(f"[yellow]warning:[/] {escape(name)}: {text}")
 
 
 def _floor_share(report: MergeReport) -> str:

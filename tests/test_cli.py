@@ -156,7 +156,7 @@ WRONG = {
     "shard size": (["plan", "recipe.yml", "--shard-size", "0"], 2, "shard size"),
     "backend": (["merge", "recipe.yml", "x", "--backend", "abacus"], 2, "cpu, reference"),
     "read method": (["merge", "recipe.yml", "x", "--read-method", "osmosis"], 2, "dontcache"),
-    "non-finite": (["merge", "recipe.yml", "x", "--non-finite", "maybe"], 2, "'warn' or 'fail'"),
+    "non-finite": (["merge", "recipe.yml", "x", "--non-finite", "maybe"], 2, "expected warn or fail"),
     "no manifest": (["verify", "llama"], 2, "pymerge_manifest.json"),
     "no checkpoint": (["inspect", "./nothing"], 2, "./nothing"),
     "method": (["methods", "tise"], 2, "did you mean 'ties'"),

@@ -25,6 +25,8 @@ from pymerge.errors import StorageError
 
 NAME = ".pymerge-journal"
 _FRESH_NAME = NAME + ".new"
+#: Where the system does not tell one boot from another, every resume is as after a power loss.
+UNKNOWN_BOOT = "unknown"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return "unknown"
+        return UNKNOWN_BOOT
 
 
 def _open_locked(path: Path) -> int:
@@ -106,7 +108,7 @@ class Journal:
                     tensors.append((str(entry["tensor"]), record))
             except (ValueError, KeyError, TypeError, RecursionError):
                 break
-        if boot != _boot_id():
+        if boot != _boot_id() or boot == UNKNOWN_BOOT:
             tensors = tensors[:durable]
         return plan_hash, dict(tensors)
 

@@ -38,7 +38,7 @@ from pymerge.checkpoint import (
     read_manifest,
 )
 from pymerge.engine.journal import Journal, Record
-from pymerge.errors import CheckpointError, StorageError
+from pymerge.errors import CheckpointError, PlanError, StorageError
 from pymerge.plan import Job, Plan
 
 PARTIAL = ".partial"
@@ -181,7 +181,7 @@ class Output:
             if checkpoint.folder is not None:
                 folders.add(checkpoint.folder.resolve())
             if here in folders:
-                raise StorageError(
+                raise PlanError(
                     f"the output folder {self.folder} holds the input model {reference!r}; "
                     "choose another output folder"
                 )
@@ -193,7 +193,7 @@ class Output:
             if name.endswith(_WEIGHTS) or name in (INDEX_NAME, "config.json", MANIFEST_NAME)
         )
         if found and not overwrite:
-            raise StorageError(
+            raise PlanError(
                 f"the output folder {self.folder} holds a model already ({', '.join(found[:3])}"
                 f"{', …' if len(found) > 3 else ''}); choose another folder or give --overwrite"
             )
@@ -204,8 +204,8 @@ class Output:
         if resumes:
             names = [job.name for job in self.plan.jobs if job.name in records]
             self.records = {name: records[name] for name in names}
-        elif plan_hash is not None and not overwrite:
-            raise StorageError(
+        elif records and not overwrite:
+            raise PlanError(
                 f"{self.folder} holds an unfinished merge of another recipe or of inputs that "
                 "changed since; finish it with its own recipe, or give --overwrite to discard it"
             )
@@ -213,7 +213,7 @@ class Output:
             if plan_hash is None:
                 self._refuse_model(overwrite)
             self._require_space(resumes)
-        except StorageError:
+        except (PlanError, StorageError):
             if plan_hash is None or (resumes and not self.records):
                 self._abandon()
             raise

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -38,6 +38,7 @@ class MergeReport:
     ``stage_seconds`` sums the time of all threads in each stage; ``floor_fraction`` is the time
     that the storage alone needs (as measured on this machine) over the time taken, None where the
     storage was not measured; ``peak_memory`` is the peak resident size of the process in bytes.
+    ``done_before`` says that the folder held this very output already, so that nothing was done.
     """
 
     out: Path
@@ -54,6 +55,7 @@ class MergeReport:
     backends: Mapping[str, str]
     read_methods: Mapping[str, str]
     warnings: tuple[str, ...] = field(default=())
+    done_before: bool = False
 
 
 def run_plan(
@@ -80,13 +82,14 @@ def run_plan(
     :raises InterruptedMerge: SIGINT or SIGTERM came; what is done stays resumable.
     :raises PymergeError: a tensor has non-finite elements and ``nonfinite`` is ``fail``.
     """
+    _allow_open_files()
     events = Events(trace=trace is not None)
     before = None if overwrite else finished_manifest(plan, out)
     if before is not None:
         found = before.content["nonfinite"]
         _check_finite(found, nonfinite)
         everything = frozenset(job.name for job in plan.jobs)
-        return _report(plan, out, events, everything, found, {}, None)
+        return replace(_report(plan, out, events, everything, found, {}, None), done_before=True)
     if trace is not None:
         events.write_trace(trace)  # a place that cannot be written is better found now
     interrupted = threading.Event()
@@ -143,6 +146,12 @@ def _report(
         read_methods=read_methods,
         warnings=plan.warnings,
     )
+
+
+def _allow_open_files() -> None:
+    """As many open files as the system lets this process have: every shard is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _peak_memory() -> int:
@@ -254,13 +263,15 @@ def _check_finite(found: Mapping[str, int], policy: NonFinite) -> None:
 
 @contextmanager
 def _signals(interrupted: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the run to stop; only the main thread can listen."""
+    """SIGINT and SIGTERM ask the run to stop, a second one ends the process at once, which costs no
+    more than a kill does; only the main thread can listen."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         interrupted.set()
+        signal.signal(number, signal.SIG_DFL)
 
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

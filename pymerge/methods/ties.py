@@ -63,14 +63,18 @@ def _looks(tensor: Tensor) -> int:
 
 def measure_model(tensors: Sequence[Tensor]) -> ModelMeasuring:
     """Thresholds over the whole model: one density for each model, counted over all its tensors."""
+    if len({tuple(tensor.model_names) for tensor in tensors}) > 1:
+        raise RecipeError(
+            "ties with trim_scope: model ranks all tensors of a model together: every model must "
+            "have every tensor; leave out --allow-missing or use trim_scope: tensor"
+        )
     densities = [tensor.each("density") for tensor in tensors]
     for tensor, values in zip(tensors, densities, strict=True):
         if values != densities[0]:
             raise RecipeError(
                 "ties with trim_scope: model ranks a whole model at once, so density must not vary "
                 f"over tensors: {tensors[0].name!r} has {densities[0]}, {tensor.name!r} has "
-                f"{values}; "
-                "remove the gradient or filter from density or use trim_scope: tensor"
+                f"{values}; remove the gradient or filter from density or use trim_scope: tensor"
             )
     total = sum(tensor.num_elements for tensor in tensors)
     return (yield from trim_model(tensors, [num_kept(d, total) for d in densities[0]]))

@@ -16,7 +16,7 @@ import pytest
 from pymerge import _C, api
 from pymerge.engine import journal as journal_module
 from pymerge.engine.journal import Journal, Record
-from pymerge.errors import StorageError
+from pymerge.errors import PlanError, StorageError
 
 JOURNAL = ".pymerge-journal"
 MIB = 1 << 20
@@ -126,7 +126,7 @@ def test_resume_with_other_memory_and_threads(stopped: Any, small: Any, digests:
 
 def test_other_shard_size_is_another_merge(stopped: Any, small: Any, digests: Any) -> None:
     plan, out, whole = stopped
-    with pytest.raises(StorageError, match=r"unfinished merge of another recipe.*--overwrite"):
+    with pytest.raises(PlanError, match=r"unfinished merge of another recipe.*--overwrite"):
         api.merge(small.recipe("ties"), out, shard_size="60KB")
     assert api.merge(plan, out).num_resumed == 5
     assert digests(out) == whole
@@ -136,7 +136,7 @@ def test_other_recipe_needs_overwrite(
     stopped: Any, small: Any, tmp_path: Path, digests: Any
 ) -> None:
     _, out, _ = stopped
-    with pytest.raises(StorageError, match="unfinished merge of another recipe"):
+    with pytest.raises(PlanError, match="unfinished merge of another recipe"):
         api.merge(small.recipe("linear"), out)
     api.merge(small.recipe("linear"), out, overwrite=True)
     api.merge(small.recipe("linear"), tmp_path / "fresh")
@@ -184,7 +184,7 @@ def test_changed_source_is_no_resume(
     with stop_after(4):
         api.merge(copied, out)
     change(Path(copied["models"][1]["model"]) / "model-00002-of-00002.safetensors")
-    with pytest.raises(StorageError, match="inputs that changed since"):
+    with pytest.raises(PlanError, match="inputs that changed since"):
         api.merge(copied, out)
     assert api.merge(copied, out, overwrite=True).num_resumed == 0
 
@@ -244,9 +244,9 @@ def test_finished_model_is_refused(small: Any, tmp_path: Path, digests: Any) -> 
     out = tmp_path / "out"
     api.merge(small.recipe("linear"), out)
     before = digests(out)
-    with pytest.raises(StorageError, match=r"holds a model already .*--overwrite"):
+    with pytest.raises(PlanError, match=r"holds a model already .*--overwrite"):
         api.merge(small.recipe("ties"), out)
-    with pytest.raises(StorageError, match=r"holds a model already .*--overwrite"):
+    with pytest.raises(PlanError, match=r"holds a model already .*--overwrite"):
         api.merge(small.recipe("linear"), out, shard_size="60KB")
     assert digests(out) == before
 
@@ -260,7 +260,7 @@ def test_finished_merge_is_left_as_it_is(small: Any, tmp_path: Path, digests: An
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
     with open(out / "model.safetensors", "ab") as file:
         file.write(b"?")
-    with pytest.raises(StorageError, match="holds a model already"):
+    with pytest.raises(PlanError, match="holds a model already"):
         api.merge(small.recipe("linear"), out)
     api.merge(small.recipe("linear"), out, overwrite=True)
     assert digests(out) == before
@@ -334,7 +334,7 @@ def test_output_over_an_input_is_refused(copied: dict[str, Any], digests: Any) -
     folder = Path(copied["models"][0]["model"])
     before = digests(folder)
     for place in (folder, folder / ".." / folder.name):
-        with pytest.raises(StorageError, match="holds the input model"):
+        with pytest.raises(PlanError, match="holds the input model"):
             api.merge(copied, place, overwrite=True)
     assert digests(folder) == before
 
@@ -350,7 +350,7 @@ def test_output_over_an_input_named_by_its_file_is_refused(
     recipe = {"merge_method": "linear", "models": [{"model": str(folder / "model.safetensors")}]}
     recipe["models"][0]["parameters"] = {"weight": 1.0}
     before = digests(folder)
-    with pytest.raises(StorageError, match="holds the input model"):
+    with pytest.raises(PlanError, match="holds the input model"):
         api.merge(recipe, folder, overwrite=True)
     assert digests(folder) == before
 
@@ -366,7 +366,7 @@ def test_output_over_the_target_of_linked_inputs_is_refused(
         (linked / path.name).symlink_to(path)
     copied["models"][0]["model"] = str(linked)
     before = digests(real)
-    with pytest.raises(StorageError, match="holds the input model"):
+    with pytest.raises(PlanError, match="holds the input model"):
         api.merge(copied, real, overwrite=True)
     assert digests(real) == before
 
