@@ -235,7 +235,6 @@ class Runner:
             ask(
                 "floor.py",
                 *("--out", self.work / "floor.bin", "--out-bytes", str(written)),
-                *("--threads", str(self.arguments.threads)),
                 "--sync" if self.arguments.sync else "--no-sync",
                 *weight_files(comparison.inputs),
             )

@@ -24,7 +24,8 @@ from pathlib import Path
 from pymerge import _C
 
 SPARE = 8192  # direct reads fetch up to this much around the asked range
-BLOCK = 1 << 20
+BLOCK = 2 << 20
+THREADS = 8  # as many reads and writes in flight as the engine has
 COPY_BYTES = 256 << 20
 
 
@@ -65,7 +66,7 @@ def measure(
     sources = [
         _C.SourceFile(str(path), method) for path, method in zip(inputs, methods, strict=True)
     ]
-    target = _C.ShardFile(str(out), out_bytes, False, False)
+    target = _C.ShardFile(str(out), out_bytes, drop_cache=True)
 
     def work() -> None:
         arena = _C.Arena(BLOCK + SPARE)
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--out-bytes", type=int, required=True)
     parser.add_argument("--sync", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=THREADS)
     arguments = parser.parse_args()
     cpu = time.process_time()
     seconds, methods = measure(
@@ -134,7 +135,7 @@ def main() -> None:
         sync=arguments.sync,
         threads=arguments.threads,
         read_methods=methods,
-        copy_gb_per_s=copy_bandwidth(arguments.threads),
+        copy_gb_per_s=copy_bandwidth(len(os.sched_getaffinity(0))),
     )
     print(json.dumps(asdict(floor)))
 

@@ -27,6 +27,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 your input is wrong, 3 storage failed, 130 interrupted.",
 )
 
+INTERRUPTED = 130
+
 _debug = False
 
 RecipeArgument = Annotated[
@@ -330,13 +332,16 @@ def demo(
 def main() -> None:
     """Entry point: run a command; an error of ours becomes a message and its exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # the option parser turns Ctrl-C into this
+            _fail("interrupted", INTERRUPTED)
+        sys.exit(code if isinstance(code, int) else 0)
     except PymergeError as error:
         if _debug:
             traceback.print_exc()
         _fail(f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os._exit(141)
     except typer.Exit as stop:

@@ -156,7 +156,7 @@ WRONG = {
     "shard size": (["plan", "recipe.yml", "--shard-size", "0"], 2, "shard size"),
     "backend": (["merge", "recipe.yml", "x", "--backend", "abacus"], 2, "cpu, reference"),
     "read method": (["merge", "recipe.yml", "x", "--read-method", "osmosis"], 2, "dontcache"),
-    "non-finite": (["merge", "recipe.yml", "x", "--non-finite", "maybe"], 2, "expected warn or fail"),
+    "non-finite": (["merge", "recipe.yml", "x", "--non-finite", "maybe"], 2, "expected warn"),
     "no manifest": (["verify", "llama"], 2, "pymerge_manifest.json"),
     "no checkpoint": (["inspect", "./nothing"], 2, "./nothing"),
     "method": (["methods", "tise"], 2, "did you mean 'ties'"),
@@ -206,3 +206,19 @@ def test_importing_the_command_line_imports_nothing_heavy():
     heavy = {"numpy", "pydantic", "rich", "torch", "yaml", "transformers", "safetensors"}
     assert done.returncode == 0, done.stderr
     assert not heavy & set(done.stdout.split())
+
+
+def test_interrupted_command_says_so_and_exits_with_130(monkeypatch, capsys):
+    """Ctrl-C outside a merge: the option parser swallows it, the command line must not."""
+    import pymerge.checkpoint
+    from pymerge import cli
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pymerge.checkpoint, "open_checkpoint", interrupt)
+    monkeypatch.setattr("sys.argv", ["pymerge", "inspect", "somewhere"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert "interrupted" in capsys.readouterr().err

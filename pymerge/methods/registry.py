@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from pymerge.errors import RecipeError
 from pymerge.methods.protocol import Apply, Measuring, Method, ModelMeasuring, Tensor
 from pymerge.methods.spec import MethodSpec
+from pymerge.names import listed, nearest
 
 _METHODS: dict[str, Method] = {}
 
@@ -48,10 +48,10 @@ def get_method(name: str) -> Method:
     try:
         return _METHODS[name]
     except KeyError:
-        near = difflib.get_close_matches(name, _METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, _METHODS)
+        hint = "" if near is None else f"; did you mean {near!r}?"
         raise RecipeError(
-            f"merge method {name!r} does not exist{hint} Methods: {', '.join(sorted(_METHODS))}"
+            f"merge method {name!r} does not exist{hint or ';'} methods: {listed(_METHODS)}"
         ) from None
 
 

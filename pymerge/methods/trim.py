@@ -33,11 +33,15 @@ NAN_KEY = 0x7FC00000
 #: Tensors up to this size are collected whole: a sample would cost more than it saves.
 COLLECT_LIMIT = 1 << 18
 SAMPLE_GROUP = 8
+#: Elements sampled: enough for a narrow bracket, more for a tensor so large that 1 % of it is much.
 SAMPLE_SIZE = 1 << 17
+SAMPLE_SHARE = 512
 #: Neighbouring elements are correlated, so the bracket is wider than independent draws would need.
 BRACKET_SIGMAS = 8.0
-#: Inside the bracket at most this share of a tile is collected; more means the sample misled.
-CAPACITY_SHARE = 8
+#: Inside the bracket at most this share of a tile is collected, and so many keys of a model; more
+#: means that the sample misled.
+CAPACITY_SHARE = 16
+CAPACITY = 1 << 23
 
 LOOK_SHIFT = 15
 LOOK_BINS = 1 << 16
@@ -73,19 +77,19 @@ def trim_tensor(tensor: Tensor, keep: Sequence[int]) -> Trimming:
     if n <= COLLECT_LIMIT:
         low = np.full(tensor.num_models, BELOW_ALL, np.int32)
         high = np.full(tensor.num_models, ABOVE_ALL, np.int32)
-        share = 1
+        share = 1.0
     else:
-        stride = max(1, n // SAMPLE_SIZE)
+        stride = max(1, n // max(SAMPLE_SIZE, n // SAMPLE_SHARE))
         samples = yield Measure(
             lambda tile: tensor.ops.magnitude_sample(
                 tile.base, tile.models, tile.start, group=SAMPLE_GROUP, stride=stride
             )
         )
         low, high = _bracket(np.concatenate(samples, axis=1), keep, n)
-        share = CAPACITY_SHARE
+        share = min(1 / CAPACITY_SHARE, CAPACITY / n)
     tiles = yield Measure(
         lambda tile: tensor.ops.bracket_count(
-            tile.base, tile.models, low, high, max(1024, tile.num // share)
+            tile.base, tile.models, low, high, max(1024, int(tile.num * share))
         )
     )
     trims: list[Trim | None] = []
@@ -199,7 +203,8 @@ def _rank(
         if any(len(keys) < count for keys, count in zip(found, counts[:, 3], strict=True)):
             return None, counts[:, 0]
         keys = np.concatenate(found)
-        threshold = int(np.partition(keys, between - rank)[between - rank])
+        keys.partition(between - rank)
+        threshold = int(keys[between - rank])
         larger = int(np.count_nonzero(keys > threshold))
         ties = np.array([np.count_nonzero(keys == threshold) for keys in found], np.int64)
         return Quota(threshold, rank - larger, int(ties.sum())), ties

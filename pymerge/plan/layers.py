@@ -8,12 +8,13 @@ as many layers as config.json says, or the largest one. All other tensors stand 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pymerge.checkpoint import Checkpoint, layer_count
+from pymerge.checkpoint import Checkpoint, TensorEntry, layer_count
 
 _NUMBERED = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?P<index>\d+)\.(?P<rest>.+)$")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _BEFORE_LAYERS = re.compile(r"embed|wte|wpe|position|token_type|patch", re.IGNORECASE)
 
 
@@ -55,9 +56,14 @@ def find_stack(checkpoint: Checkpoint) -> LayerStack | None:
 
 def is_before_layers(name: str) -> bool:
     """Whether a tensor outside the layers is an input of the first layer (an embedding)."""
-    return _BEFORE_LAYERS.search(name) is not None
+    return _BEFORE_LAYERS.search(name) is not None and not is_head(name)
 
 
-def stacks_of(checkpoints: Mapping[str, Checkpoint]) -> dict[str, LayerStack | None]:
-    """The layer stack of each checkpoint by its reference."""
-    return {name: find_stack(checkpoint) for name, checkpoint in checkpoints.items()}
+def is_head(name: str) -> bool:
+    """Whether a tensor is the output head, which a model may tie to its embedding."""
+    return name == "output.weight" or name.endswith(_HEADS)
+
+
+def embedding_of(checkpoint: Checkpoint) -> TensorEntry | None:
+    """The token embedding that a tied output head shares."""
+    return next((e for n, e in checkpoint.tensors.items() if n.endswith(_EMBEDDINGS)), None)

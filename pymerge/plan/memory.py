@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pymerge.errors import PlanError
 from pymerge.plan.model import Job, Tiling
 
-#: What the process needs beside its blocks: interpreter, libraries, tables, thread stacks.
+#: What the process needs beside its blocks: interpreter, libraries, thread stacks, and a share of
+#: the budget for the candidates and tables of a selection.
 OVERHEAD_BYTES = 96 << 20
+SELECTION_SHARE = 16
 SMALLEST_ARENA = 32 << 20
 LARGEST_BLOCK = (2 << 20) + Tiling.SLACK
 SMALLEST_BLOCK = (16 << 10) + Tiling.SLACK
@@ -25,15 +27,15 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
 
     :raises PlanError: the budget cannot hold one tile of the widest job.
     """
-    arena = max(SMALLEST_ARENA, memory - OVERHEAD_BYTES)
-    if memory < OVERHEAD_BYTES + SMALLEST_ARENA:
+    least = OVERHEAD_BYTES + SMALLEST_ARENA
+    if memory < least:
         raise PlanError(
-            f"a memory of {memory / (1 << 20):.4g} MiB is too little: the program itself "
-            "takes about "
-            f"{OVERHEAD_BYTES >> 20} MiB and needs {SMALLEST_ARENA >> 20} MiB to stream; "
-            "give at least "
-            f"{(OVERHEAD_BYTES + SMALLEST_ARENA) >> 20} MiB"
+            f"a memory of {memory / (1 << 20):.4g} MiB is too little: the program itself takes "
+            f"about {OVERHEAD_BYTES >> 20} MiB and needs {SMALLEST_ARENA >> 20} MiB to stream; "
+            f"give at least {least >> 20} MiB"
         )
+    overhead = OVERHEAD_BYTES + memory // SELECTION_SHARE
+    arena = max(SMALLEST_ARENA, memory - overhead)
     widest = max((len(job.sources) + 1 for job in jobs), default=2)
     in_flight = threads + 3
     block = min(LARGEST_BLOCK, arena // (widest * in_flight))
@@ -46,4 +48,4 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
             "once; give at "
             f"least {(needed >> 20) + 1} MiB"
         )
-    return Tiling(memory, OVERHEAD_BYTES, block, arena // block, threads, readers)
+    return Tiling(memory, overhead, block, arena // block, threads, readers)

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 
 from pymerge.checkpoint import Checkpoint, TensorEntry
 from pymerge.errors import PlanError
-from pymerge.plan.layers import LayerStack, is_before_layers
+from pymerge.plan.layers import LayerStack, embedding_of, is_before_layers, is_head
 from pymerge.recipe import ModelRef, OutputSlice, Recipe, SliceSource, position
-
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True)
@@ -47,13 +44,14 @@ class Outline:
     """The lines in output order, and what follows for the configuration.
 
     ``layer_sources`` is the donor-side layer of each output layer where slices rebuilt them, else
-    None. ``dropped`` names tensors that inputs have and the output has not.
+    None. ``untied`` says that the output has a head of its own, which is not its embedding.
+    ``dropped`` names tensors that inputs have and the output has not.
     """
 
     lines: tuple[Line, ...]
     num_layers: int | None
     layer_sources: tuple[int, ...] | None
-    head_added: bool
+    untied: bool
     dropped: tuple[str, ...]
 
 
@@ -93,8 +91,8 @@ class _Outliner:
             tuple(lines),
             None if sources is None else len(sources),
             sources,
-            head is not None,
-            self._dropped({line.name for line in lines}, lines),
+            self._is_untied(lines),
+            self._dropped(lines),
         )
 
     def _layers(self, stack: LayerStack) -> list[Line]:
@@ -142,26 +140,42 @@ class _Outliner:
     def _input(self, source: SliceSource, name: str) -> Input:
         checkpoint = self.checkpoints[source.model]
         entry = checkpoint.tensors.get(name)
-        if entry is None and name.endswith(_HEAD) and checkpoint.tied_embeddings:
-            entry = _embedding(checkpoint)
+        if is_head(name) and checkpoint.tied_embeddings:  # whatever else is stored, loaders tie it
+            entry = embedding_of(checkpoint) or entry
         return Input(source, name, entry)
 
     def _separate_head(self, donor: Checkpoint) -> Line | None:
-        """An output head for a donor that ties it, where another model has one of its own."""
-        if any(name.endswith(_HEAD) for name in donor.tensors):
+        """An output head for a donor that ties it, where any other model has one of its own."""
+        if any(is_head(name) for name in donor.tensors) or not donor.tied_embeddings:
+            return None
+        own = (
+            name
+            for model in self.recipe.models
+            if not self.checkpoints[model].tied_embeddings
+            for name in self.checkpoints[model].tensors
+            if is_head(name)
+        )
+        name = next(own, None)
+        if name is None:
             return None
         part = self.slices[-1]
-        heads = {
-            name: entry
-            for source in part.sources
-            for name, entry in self.checkpoints[source.model].tensors.items()
-            if name.endswith(_HEAD)
-        }
-        if not heads or not donor.tied_embeddings:
-            return None
-        name = next(iter(heads))
         inputs = tuple(self._input(source, name) for source in part.sources)
-        return Line(name, heads[name], part, inputs, 0.0)
+        pattern = next((i.entry for i in inputs if i.entry is not None), None)
+        return None if pattern is None else Line(name, pattern, part, inputs, 0.0)
+
+    def _is_untied(self, lines: Sequence[Line]) -> bool:
+        """Whether the head that is written is not the embedding that is written."""
+        heads = [line for line in lines if is_head(line.name)]
+        embeddings = {line.pattern: line for line in lines if is_before_layers(line.name)}
+        for head in heads:
+            for each in head.inputs:
+                checkpoint = self.checkpoints[each.source.model]
+                if not checkpoint.tied_embeddings:
+                    return True
+                line = embeddings.get(embedding_of(checkpoint))  # type: ignore[arg-type]
+                if line is not None and line.slice != head.slice:
+                    return True
+        return False
 
     def _layer_sources(self) -> tuple[int, ...]:
         layers: list[int] = []
@@ -170,18 +184,27 @@ class _Outliner:
             layers += range(source.start, source.start + (part.num_layers or 0))
         return tuple(layers)
 
-    def _dropped(self, written: set[str], lines: Sequence[Line]) -> tuple[str, ...]:
+    def _dropped(self, lines: Sequence[Line]) -> tuple[str, ...]:
         """Tensors that only other models have: they have no place in the donor's architecture."""
-        if not self.recipe.whole_models:
-            return ()
         used = {(i.source.model, i.name) for line in lines for i in line.inputs}
+        written = {line.name for line in lines}
         return tuple(
-            f"{model}: {name}"
-            for model in self.recipe.models
-            if any(source.model == model for source in self.slices[0].sources)
-            for name in self.checkpoints[model].tensors
-            if name not in written and (model, name) not in used
+            dict.fromkeys(
+                f"{source.model}: {name}"
+                for part in self.slices
+                for source in part.sources
+                for name in self.checkpoints[source.model].tensors
+                if (source.model, name) not in used and self._takes_part(source, name, written)
+            )
         )
+
+    def _takes_part(self, source: SliceSource, name: str, written: set[str]) -> bool:
+        """Whether a tensor that was not used is among what its model was named for."""
+        stack = self.stacks[source.model]
+        layer = None if stack is None else stack.split(name)
+        if layer is None:
+            return name not in written  # another slice may give it
+        return source.stop is not None and source.start <= layer[0] < source.stop
 
 
 def _by_layer(
@@ -194,13 +217,6 @@ def _by_layer(
         if found is not None:
             layers.setdefault(found[0], {})[found[1]] = entry
     return layers
-
-
-def _embedding(checkpoint: Checkpoint) -> TensorEntry | None:
-    for name, entry in checkpoint.tensors.items():
-        if name.endswith(_EMBEDDINGS):
-            return entry
-    return None
 
 
 def make_outline(

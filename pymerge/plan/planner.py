@@ -115,13 +115,14 @@ def _draft(
     """The job of one line, without its place."""
     inputs = _present(recipe, line, allow_missing, warnings)
     _check_shapes(line, inputs)
+    _check_kinds(line, inputs)
     base = None
     if method.spec.base != "input" and line.slice.base is not None:
         base = next((i for i in inputs if i.source.model == line.slice.base), None)
     models = [i for i in inputs if i is not base]
     entries = [entry for i in inputs if (entry := i.entry) is not None]
     format = _output_format(recipe, line, entries)
-    if not line.pattern.format.is_float or not all(entry.format.is_float for entry in entries):
+    if not line.pattern.format.is_float:
         return _copy(line, line.pattern, line.pattern.format, "")
     shared = parameters_for(
         recipe, method.spec, line.slice, None, output_name=line.name, input_name=line.name, t=line.t
@@ -213,6 +214,18 @@ def _check_shapes(line: Line, inputs: list[Input]) -> None:
             )
 
 
+def _check_kinds(line: Line, inputs: list[Input]) -> None:
+    """Numbers are merged with numbers; everything else is copied from the donor."""
+    for i in inputs:
+        if i.entry is not None and i.entry.format.is_float != line.pattern.format.is_float:
+            raise PlanError(
+                f"tensor {i.name!r} of {i.source.model} is {i.entry.format.name}, in the "
+                "donor it is "
+                f"{line.pattern.format.name}; floating and other types cannot be merged: choose "
+                "models that store it alike"
+            )
+
+
 def _check_count(method: Method, line: Line, count: int) -> None:
     low, high = method.spec.min_models, method.spec.max_models
     if count < low or (high is not None and count > high):
@@ -293,7 +306,7 @@ def _config(
         formats=written,
         num_layers=outline.num_layers,
         layer_sources=outline.layer_sources,
-        tied=False if outline.head_added else None,
+        tied=False if outline.untied else None,
     )
     if donor.override_architecture is not None:
         config["architectures"] = [donor.override_architecture]

@@ -143,6 +143,103 @@ def test_tied_models_stay_tied(tmp_path: Path) -> None:
     assert config["tie_word_embeddings"] is True
 
 
+def test_a_head_that_is_stored_and_declared_tied_unties_where_another_differs(
+    tmp_path: Path,
+) -> None:
+    """The tied model's head is its embedding, whatever it stores; the merged head is its own."""
+    tied = write_model(tmp_path / "tied", 1, value=1, config={"tie_word_embeddings": True})
+    own = write_model(tmp_path / "own", 1, value=3)
+    tensors, config = merged(
+        {"merge_method": "linear", "models": weights(tied, own)}, tmp_path / "out"
+    )
+    assert tensors["lm_head.weight"][0, 0] == (1.25 + 3.75) / 2
+    assert config["tie_word_embeddings"] is False
+
+
+def test_a_head_that_is_stored_and_tied_everywhere_stays_tied(tmp_path: Path) -> None:
+    flag = {"tie_word_embeddings": True}
+    a = write_model(tmp_path / "a", 1, value=1, config=flag)
+    b = write_model(tmp_path / "b", 1, value=3, config=flag)
+    tensors, config = merged({"merge_method": "linear", "models": weights(a, b)}, tmp_path / "out")
+    assert tensors["lm_head.weight"].equal(tensors["model.embed_tokens.weight"])
+    assert config["tie_word_embeddings"] is True
+
+
+def test_a_head_of_any_model_is_enough_with_slices(tmp_path: Path) -> None:
+    tied = write_model(tmp_path / "tied", 2, value=1, tied=True)
+    own = write_model(tmp_path / "own", 2, value=3)
+    tensors, config = merged(
+        {
+            "merge_method": "passthrough",
+            "slices": [
+                {"sources": [{"model": str(own), "layer_range": [0, 1]}]},
+                {"sources": [{"model": str(tied), "layer_range": [1, 2]}]},
+            ],
+        },
+        tmp_path / "out",
+    )
+    assert tensors["model.embed_tokens.weight"][0, 0] == 3.25
+    assert tensors["lm_head.weight"][0, 0] == 1.25  # the last slice's model ties its embedding
+    assert config["tie_word_embeddings"] is False
+
+
+def test_an_output_head_called_embedding_stands_after_the_layers(tmp_path: Path) -> None:
+    """GPT-NeoX calls it embed_out; with slices it is of the last one."""
+    folders = []
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / name).mkdir()
+        tensors = {"gpt_neox.embed_in.weight": torch.full((8, 4), value)}
+        for layer in range(2):
+            tensors[f"gpt_neox.layers.{layer}.w"] = torch.full((4,), value + layer)
+        tensors["embed_out.weight"] = torch.full((8, 4), value + 0.75)
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        folders.append(tmp_path / name)
+    pymerge.merge(
+        {
+            "merge_method": "passthrough",
+            "slices": [
+                {"sources": [{"model": str(folder), "layer_range": [0, 1]}]} for folder in folders
+            ],
+        },
+        tmp_path / "out",
+    )
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["gpt_neox.embed_in.weight"][0, 0] == 1
+    assert tensors["embed_out.weight"][0, 0] == 3.75
+
+
+def test_slices_name_the_tensors_that_only_other_models_have(tmp_path: Path) -> None:
+    a = write_model(tmp_path / "a", 2, value=1)
+    extra = {"mtp.head": torch.ones(2), "model.layers.1.extra": torch.ones(2)}
+    b = write_model(tmp_path / "b", 2, value=3, extra=extra)
+    slices = [
+        {
+            "sources": [
+                {"model": str(m), "layer_range": [0, 2], "parameters": {"weight": 1}}
+                for m in (a, b)
+            ]
+        }
+    ]
+    planned = pymerge.plan({"merge_method": "linear", "slices": slices})
+    assert set(planned.dropped) == {f"{b}: mtp.head", f"{b}: model.layers.1.extra"}
+
+
+def test_floating_and_other_types_are_not_mixed(tmp_path: Path) -> None:
+    a = write_model(tmp_path / "a", 1, value=1, extra={"x": torch.ones(3)})
+    b = write_model(tmp_path / "b", 1, value=3, extra={"x": torch.ones(3, dtype=torch.int32)})
+    for pair in ((a, b), (b, a)):
+        with pytest.raises(pymerge.PlanError, match=r"'x'.*floating and other types"):
+            pymerge.plan({"merge_method": "linear", "models": weights(*pair)})
+
+
+def test_parameters_that_cannot_work_are_found_by_the_plan(tmp_path: Path) -> None:
+    a = write_model(tmp_path / "a", 1, value=1)
+    b = write_model(tmp_path / "b", 1, value=3)
+    models = [{"model": str(m), "parameters": {"weight": w}} for m, w in ((a, 1.0), (b, -1.0))]
+    with pytest.raises(pymerge.RecipeError, match="sum to zero"):
+        pymerge.plan({"merge_method": "linear", "models": models})
+
+
 def test_every_tensor_of_the_donor_is_written_in_its_order(tmp_path: Path) -> None:
     extra = {
         "model.vision.proj": torch.full((3, 3), 7.0),
