@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge.errors import PymergeError
-from pymerge.machine import available_cpus, available_memory
+from pymerge.machine import available_memory, compute_threads
 from pymerge.methods import specs
 from pymerge.sizes import parse_size
 
@@ -56,7 +56,8 @@ def plan(
     :param recipe: what :func:`load_recipe` takes, or what it returned.
     :param memory: bytes for the whole process, or a text such as ``"2GiB"``; default: half of the
         available memory, at most 16 GiB. The result does not depend on it.
-    :param threads: compute threads, default all CPUs available. The result does not depend on it.
+    :param threads: compute threads, 1 to 1024, default all CPUs available. The result does not
+        depend on it.
     :param shard_size: bytes of an output shard, default 5 GB.
     :param backend: ask for a backend by name; default: the first that can do every op.
     :param strict: make the recipe's warnings errors.
@@ -72,15 +73,14 @@ def plan(
     from pymerge.recipe import Recipe
 
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, strict=strict)
-    if threads is not None and threads < 1:
-        raise PymergeError(f"threads: expected at least 1, found {threads}")
+    num_threads = compute_threads(threads)
     shard_bytes = SHARD_BYTES if shard_size is None else parse_size(shard_size, "shard size")
     if shard_bytes < 1:
         raise PymergeError(f"shard size: expected at least 1 byte, found {shard_bytes}")
     return make_plan(
         loaded,
         memory=default_memory() if memory is None else parse_size(memory, "memory"),
-        threads=threads or available_cpus(),
+        threads=num_threads,
         readers=READERS,
         shard_bytes=shard_bytes,
         backend=backend,
@@ -102,7 +102,7 @@ def merge(
     allow_pickle: bool = False,
     allow_missing: bool = False,
     overwrite: bool = False,
-    nonfinite: NonFinite = "warn",
+    non_finite: NonFinite = "warn",
     sync: bool = True,
     cache_output: bool = False,
     read_method: str | None = None,
@@ -120,7 +120,7 @@ def merge(
         ``allow_missing`` are part of it already.
     :param out: output folder; created if it does not exist.
     :param overwrite: replace a model that ``out`` holds; without it that is an error.
-    :param nonfinite: ``"warn"`` reports NaN and infinite elements, ``"fail"`` leaves the merge
+    :param non_finite: ``"warn"`` reports NaN and infinite elements, ``"fail"`` leaves the merge
         unfinished.
     :param sync: make the output durable against power loss before it is committed (fsync).
     :param cache_output: leave the output in the page cache, for an evaluation that follows; by
@@ -139,8 +139,8 @@ def merge(
     from pymerge.engine.sources import METHODS
     from pymerge.plan import Plan
 
-    if nonfinite not in ("warn", "fail"):
-        raise PymergeError(f"non-finite: expected warn or fail, found {nonfinite!r}")
+    if non_finite not in ("warn", "fail"):
+        raise PymergeError(f"non-finite: expected warn or fail, found {non_finite!r}")
     if read_method is not None and read_method not in METHODS:
         raise PymergeError(
             f"read method: expected one of {', '.join(METHODS)}, found {read_method!r}"
@@ -167,7 +167,7 @@ def merge(
         side_files=files,
         make_manifest=lambda output: make_manifest(decided, output.records, files),
         overwrite=overwrite,
-        nonfinite=nonfinite,
+        nonfinite=non_finite,
         sync=sync,
         drop_cache=not cache_output,
         read_method=read_method,

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,7 +151,6 @@ def merge(
     global _debug
     _debug = _debug or debug
     from pymerge import api
-    from pymerge.terminal import Display, print_report, print_warnings
 
     planned = api.plan(
         recipe,
@@ -162,25 +162,30 @@ def merge(
         allow_pickle=allow_pickle,
         allow_missing=allow_missing,
     )
-    if not quiet:
-        print_warnings(planned.warnings)
-    with Display(enabled=not quiet) as display:
-        report = api.merge(
-            planned,
-            out,
-            overwrite=overwrite,
-            nonfinite=non_finite,  # type: ignore[arg-type]
-            sync=sync,
-            cache_output=cache_output,
-            read_method=read_method,
-            trace=trace,
-            progress=display.update,
-            resume_hint=f"run {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
-        )
-    if not quiet:
-        print_report(report)
-    elif report.nonfinite:
-        typer.echo(f"warning: {len(report.nonfinite)} tensors hold non-finite elements", err=True)
+    run = partial(
+        api.merge,
+        planned,
+        out,
+        overwrite=overwrite,
+        non_finite=non_finite,  # type: ignore[arg-type]
+        sync=sync,
+        cache_output=cache_output,
+        read_method=read_method,
+        trace=trace,
+        resume_hint=f"run {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+    )
+    if quiet:
+        report = run()
+        if report.nonfinite:
+            text = f"warning: {len(report.nonfinite)} tensors hold non-finite elements"
+            typer.echo(text, err=True)
+        return
+    from pymerge.terminal import Display, print_report, print_warnings
+
+    print_warnings(planned.warnings)
+    with Display() as display:
+        report = run(progress=display.update)
+    print_report(report)
 
 
 @app.command()

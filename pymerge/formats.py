@@ -5,6 +5,7 @@ A leaf module: it imports nothing of pymerge, so that checkpoint, plan and ops c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -74,3 +75,16 @@ FORMATS: dict[str, Format] = {
 
 BY_CODE: dict[int, Format] = {f.code: f for f in FORMATS.values() if f.code is not None}
 BY_TORCH_NAME: dict[str, Format] = {f.torch_name: f for f in FORMATS.values() if f.torch_name}
+
+
+def promote(formats: Iterable[Format]) -> Format:
+    """The format in which a result of these inputs is written unless another is asked for.
+
+    Their common one; of several, float64 if it is among them, else float32. A format that cannot be
+    written counts only where no other is left.
+    """
+    found = set(formats)
+    found = {format for format in found if format.writable} or found
+    if len(found) == 1:
+        return found.pop()
+    return F64 if F64 in found else F32

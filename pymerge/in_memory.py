@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from pymerge.errors import PymergeError, RecipeError
-from pymerge.formats import BF16, BY_CODE, BY_TORCH_NAME, F32, F64, Format
-from pymerge.machine import available_cpus
+from pymerge.formats import BF16, BY_CODE, BY_TORCH_NAME, F32, Format, promote
+from pymerge.machine import compute_threads
 from pymerge.methods import get_method
 from pymerge.methods.protocol import Measure, Tensor, Tile, decide
 from pymerge.methods.spec import MethodSpec, ParameterSpec, ParameterValue
+from pymerge.methods.values import check_value
+from pymerge.names import listed, nearest, shown
 from pymerge.ops.opset import choose_ops
 from pymerge.ops.view import View, view
 
@@ -41,13 +43,15 @@ def merge_tensor(
         must be in ``tensors``.
     :param tensors: one tensor for each model, in order; the order is part of the result.
     :param out_dtype: torch's name of the result's dtype; default: the common dtype, else float32.
-    :param threads: compute threads, default all CPUs available; the result does not depend on it.
-    :param parameters: the method's parameters; one per model may be a number for all or a sequence.
+    :param threads: compute threads, 1 to 1024, default all CPUs available; the result does not
+        depend on it.
+    :param parameters: the method's parameters, with the values a recipe may give them; one per
+        model may be a number for all or a sequence.
     :returns: a new torch tensor if the first of ``tensors`` is one, else a numpy array (bfloat16 as
         uint16).
     :raises RecipeError: a parameter is unknown, missing, or its value is not allowed.
-    :raises PymergeError: shapes differ, or an array is not contiguous or of a dtype that kernels do
-        not read.
+    :raises PymergeError: an input is no array, shapes differ, or an array is not contiguous or of a
+        dtype that kernels do not read.
 
     >>> import numpy as np
     >>> base, model = np.zeros(2, np.float32), np.ones(2, np.float32)
@@ -56,25 +60,27 @@ def merge_tensor(
     """
     chosen = get_method(method)
     spec = chosen.spec
+    num_threads = compute_threads(threads)
     _check_inputs(spec, base, tensors)
+    names = tuple(f"tensors[{index}]" for index in range(len(tensors)))
+    models = [_view(array, label) for label, array in zip(names, tensors, strict=True)]
+    base_view = None if base is None else _view(base, "base")
     shape = tuple(tensors[0].shape)
-    for index, array in enumerate((*tensors, *(() if base is None else (base,)))):
-        if tuple(array.shape) != shape:
+    for label, array in zip((*names, "base"), (*tensors, base), strict=True):
+        if array is not None and tuple(array.shape) != shape:
             raise PymergeError(
-                f"merge_tensor: input {index} has shape {tuple(array.shape)}, expected "
-                f"{shape} as the first tensor"
+                f"merge_tensor: {label} has shape {tuple(array.shape)}, expected {shape} as the "
+                "first tensor"
             )
-    models = [view(array) for array in tensors]
-    base_view = None if base is None or spec.base == "input" else view(base)
+    if spec.base == "input":
+        base_view = None
     format = _result_format(out_dtype, [*models, *(() if base_view is None else (base_view,))])
     shared, per_model = _parameters(spec, parameters, len(models))
     ops = choose_ops((*chosen.ops,), asked=backend)
-    tensor = Tensor(
-        name, shape, len(models), base_view is not None, shared, per_model, ops, _names(len(models))
-    )
+    tensor = Tensor(name, shape, len(models), base_view is not None, shared, per_model, ops, names)
     result, out = _empty_like(tensors[0], shape, format)
     tiles = _cut(base_view, models)
-    with ThreadPoolExecutor(threads or available_cpus()) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
 
         def measure(question: Measure) -> Any:
             chosen_tiles = tiles if question.only is None else [tiles[question.only]]
@@ -108,13 +114,14 @@ def _with_state(tensor: Tensor, state: Any) -> Tensor:
     return Tensor(**{**tensor.__dict__, "state": state})
 
 
-def _names(count: int) -> tuple[str, ...]:
-    return tuple(f"tensors[{index}]" for index in range(count))
-
-
 def _check_inputs(spec: MethodSpec, base: Any | None, tensors: Sequence[Any]) -> None:
     if spec.base == "required" and base is None:
         raise RecipeError(f"{spec.name} merges task vectors and needs a base tensor, found None")
+    if isinstance(tensors, str) or not isinstance(tensors, Sequence):
+        raise PymergeError(
+            "merge_tensor: tensors is a list of arrays, one for each model, found "
+            f"{type(tensors).__name__}"
+        )
     if len(tensors) < spec.min_models or (
         spec.max_models is not None and len(tensors) > spec.max_models
     ):
@@ -124,34 +131,38 @@ def _check_inputs(spec: MethodSpec, base: Any | None, tensors: Sequence[Any]) ->
         )
 
 
-def _result_format(name: str | None, views: Sequence[View]) -> Format:
+def _view(array: Any, label: str) -> View:
+    try:
+        return view(array)
+    except PymergeError as error:
+        raise PymergeError(f"merge_tensor: {label}: {error}") from None
+
+
+def _result_format(name: Any | None, views: Sequence[View]) -> Format:
     if name is not None:
-        format = BY_TORCH_NAME.get(name.removeprefix("torch."))
+        format = BY_TORCH_NAME.get(str(name).removeprefix("torch."))
         if format is None or not format.writable:
             allowed = ", ".join(n for n, f in BY_TORCH_NAME.items() if f.writable)
-            raise RecipeError(f"out_dtype {name!r} cannot be written; expected one of {allowed}")
+            raise RecipeError(
+                f"out_dtype {shown(name)} cannot be written; expected one of {allowed}"
+            )
         return format
-    formats = {BY_CODE[each.code] for each in views}
-    writable = {format for format in formats if format.writable}
-    if len(writable) == 1:
-        return writable.pop()
-    return F64 if F64 in writable else F32
+    format = promote(BY_CODE[each.code] for each in views)
+    return format if format.writable else F32
 
 
 def _parameters(
     spec: MethodSpec, given: Mapping[str, Any], num_models: int
 ) -> tuple[dict[str, ParameterValue], list[dict[str, ParameterValue]]]:
     """Shared and per-model parameters, each checked against its specification."""
-    import difflib
-
     given = {name.rstrip("_"): value for name, value in given.items()}  # lambda_ for lambda
     for name in given:
         if name not in spec.parameters:
-            near = difflib.get_close_matches(name, spec.parameters, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            near = nearest(name, spec.parameters)
+            hint = ";" if near is None else f"; did you mean {near!r}?"
             raise RecipeError(
                 f"{spec.name} has no parameter {name!r}{hint} its parameters are "
-                f"{', '.join(spec.parameters)}"
+                f"{listed(spec.parameters)}"
             )
     shared: dict[str, ParameterValue] = {}
     per_model: list[dict[str, ParameterValue]] = [{} for _ in range(num_models)]
@@ -162,8 +173,9 @@ def _parameters(
         if parameter.scope == "shared":
             shared[name] = _checked(spec, parameter, value)
             continue
-        is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-        values = list(value) if is_list else [value] * num_models
+        is_array = isinstance(value, np.ndarray) and value.ndim == 1
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        values = list(value) if is_list or is_array else [value] * num_models
         if len(values) != num_models:
             raise RecipeError(
                 f"{spec.name}: parameter {name!r} has {len(values)} values for {num_models} tensors"
@@ -174,22 +186,10 @@ def _parameters(
 
 
 def _checked(spec: MethodSpec, parameter: ParameterSpec, value: Any) -> ParameterValue:
-    where = f"{spec.name}: parameter {parameter.name!r}"
-    if parameter.kind == "bool":
-        if not isinstance(value, bool | np.bool_):
-            raise RecipeError(f"{where} expects true or false, found {value!r}")
-        return bool(value)
-    if parameter.kind == "str":
-        if parameter.choices and value not in parameter.choices:
-            raise RecipeError(f"{where} expects one of {parameter.choices}, found {value!r}")
-        return str(value)
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise RecipeError(f"{where} expects a number, found {value!r}")
-    number = float(value)
-    low, high = parameter.minimum, parameter.maximum
-    if (low is not None and not number >= low) or (high is not None and not number <= high):
-        raise RecipeError(f"{where} expects a number from {low} to {high}, found {value!r}")
-    return int(number) if parameter.kind == "int" else number
+    try:
+        return check_value(value.item() if isinstance(value, np.generic) else value, parameter)
+    except ValueError as error:
+        raise RecipeError(f"{spec.name}: {error}") from None
 
 
 def _empty_like(pattern: Any, shape: tuple[int, ...], format: Format) -> tuple[Any, View]:

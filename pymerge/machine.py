@@ -1,6 +1,6 @@
 """How much of this machine the process may use: memory and CPUs, as cgroups and affinity allow.
 
-A leaf module: it imports nothing of pymerge. Everything is read from ``/proc`` and ``/sys``; where
+A leaf module. Everything is read from ``/proc`` and ``/sys``; where
 a file is missing the limit it would state does not exist.
 """
 
@@ -10,9 +10,15 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
+from pymerge.errors import PymergeError
+
 _PROC = Path("/proc")
+
+#: More threads than any machine has CPUs for; each costs memory.
+MAX_THREADS = 1024
 
 # cgroup v1 states "no limit" as the largest number of whole pages.
 _NO_LIMIT = 1 << 60
@@ -47,6 +53,21 @@ def available_cpus(proc: Path = _PROC) -> int:
     num_cpus = len(os.sched_getaffinity(0))
     quota = cgroup_cpus(proc)
     return num_cpus if quota is None else max(1, min(num_cpus, math.ceil(quota)))
+
+
+def compute_threads(asked: int | None) -> int:
+    """The threads asked for, by default one for each CPU available.
+
+    :raises PymergeError: not a whole number from 1 to 1024.
+    """
+    if asked is None:
+        return available_cpus()
+    if isinstance(asked, bool) or not isinstance(asked, Integral) or not 1 <= asked <= MAX_THREADS:
+        raise PymergeError(
+            f"threads: expected a whole number of at least 1 and at most {MAX_THREADS}, "
+            f"found {asked!r}; leave it out to use every CPU available"
+        )
+    return int(asked)
 
 
 def cgroup_memory(proc: Path = _PROC) -> CgroupMemory | None:

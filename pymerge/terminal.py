@@ -43,9 +43,8 @@ _err = _console(sys.stderr)
 class Display:
     """Progress of a merge: percent, bytes a second, busiest stage, time left."""
 
-    def __init__(self, *, enabled: bool) -> None:
-        self._enabled = enabled
-        self._live = enabled and sys.stderr.isatty()
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -75,8 +74,6 @@ class Display:
 
     def update(self, now: Snapshot) -> None:
         """Show one snapshot."""
-        if not self._enabled:
-            return
         done, total = (
             now.bytes_read + now.bytes_written,
             now.bytes_read_total + now.bytes_written_total,
@@ -115,7 +112,7 @@ def print_report(report: MergeReport) -> None:
         _print_nonfinite(report)
         _out.print(
             f"[bold]{escape(str(report.out))}[/]: this merge was finished before, nothing to do; "
-            "pymerge verify compares it with its checksums"
+            "pymerge verify compares it with its checksums, --overwrite makes it anew"
         )
         return
     resumed = f" ({report.num_resumed} were done before)" if report.num_resumed else ""

@@ -17,7 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pymerge"
 
 #: Leaf modules, usable by every room.
-LEAVES = frozenset({"_version", "errors", "formats", "machine", "sizes", "methods.spec"})
+LEAVES = frozenset(
+    {
+        "_version",
+        "cache",
+        "errors",
+        "formats",
+        "machine",
+        "methods.spec",
+        "methods.values",
+        "names",
+        "sizes",
+    }
+)
 
 #: Room -> the rooms it may import, beside the leaves and itself. A room is a folder or a module
 #: of pymerge; _C is the extension, "" the package's own names.
@@ -44,7 +56,11 @@ MAY_IMPORT = {
 EXCEPTIONS = {("pymerge/plan/__init__.py", "api")}
 
 #: Imports of a leaf.
-LEAF_IMPORTS = {"sizes": {"errors"}}
+LEAF_IMPORTS = {
+    "machine": {"errors"},
+    "methods.values": {"methods.spec", "names"},
+    "sizes": {"errors", "names"},
+}
 
 #: Third parties that a room may import when it is imported; every room: the standard library.
 THIRD_PARTIES = {
@@ -73,8 +89,8 @@ def room_of(path: Path) -> str:
     if path.is_relative_to(ROOT / "kernels"):
         return "kernels"
     inside = path.relative_to(PACKAGE).with_suffix("").parts
-    if inside == ("methods", "spec"):
-        return "methods.spec"
+    if ".".join(inside) in LEAVES:
+        return ".".join(inside)
     return "" if inside == ("__init__",) else inside[0]
 
 
@@ -119,8 +135,8 @@ def target_room(name: str) -> str | None:
     parts = name.split(".")
     if parts[0] != "pymerge":
         return None
-    if parts[1:3] == ["methods", "spec"]:
-        return "methods.spec"
+    if ".".join(parts[1:3]) in LEAVES:
+        return ".".join(parts[1:3])
     known = {*MAY_IMPORT, *LEAVES, "_C"}
     return parts[1] if len(parts) > 1 and parts[1] in known else ""
 

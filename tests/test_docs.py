@@ -14,8 +14,12 @@ from types import ModuleType
 import pytest
 import typer.main
 
+from pymerge import api, machine, terminal
 from pymerge.cli import app
+from pymerge.engine import rates, run
 from pymerge.methods import METHODS, specs
+from pymerge.methods.protocol import Tensor
+from pymerge.plan import SHARD_BYTES, memory
 from pymerge.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +139,43 @@ def test_links_lead_somewhere(page):
             heads = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
             slugs = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
             assert anchor in slugs, target
+
+
+def numbers_of_scaling() -> dict[str, str]:
+    """Sentences of the page with the numbers that the code has."""
+    low, high = api.MEMORY_BOUNDS
+    whole, slack = memory.LARGEST_BLOCK - memory.Tiling.SLACK, memory.Tiling.SLACK
+    ties = METHODS["ties"]
+    tensor = Tensor("t", (9,), 1, True, {"trim_scope": "tensor"}, [{"density": 0.5}], {}, ("m",))
+    return {
+        "program": f"About {memory.OVERHEAD_BYTES >> 20} MiB of it are set aside for the program",
+        "tables": f"and 1/{memory.SELECTION_SHARE} for the tables",
+        "block": f"blocks of up to {whole >> 20} MiB + {slack >> 10} KiB,",
+        "least": f"The least budget is {memory.OVERHEAD_BYTES + memory.SMALLEST_ARENA >> 20} MiB;",
+        "default": f"between {low >> 20} MiB and {high >> 30} GiB.",
+        "tensor": f"reads it again, {ties.looks(tensor) + 1} times in all as planned",
+        "model": f"it reads every input {ties.model_looks + 1} times.",
+        "threads": f"the most {machine.MAX_THREADS}.",
+        "readers": f"{api.READERS} more tasks read and write meanwhile.",
+        "lanes": f"Up to {run.NUM_LANES} tensors are in progress at once.",
+        "shard": f"default {SHARD_BYTES / 1e9:g} GB;",
+        "probe": f"a scratch file of {rates.PROBE_BYTES >> 20} MiB",
+    }
+
+
+@pytest.mark.parametrize("name", numbers_of_scaling())
+def test_numbers_of_the_scaling_page_are_those_of_the_code(name):
+    page = " ".join((ROOT / "docs" / "scaling.md").read_text().split())
+    assert numbers_of_scaling()[name] in page
+
+
+def test_scaling_page_names_the_line_of_the_plan():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    label = re.search(r'lists these tensors under "([a-z ]+)"', page)
+    assert label is not None
+    assert f'("{label[1]}", ' in Path(terminal.__file__).read_text()
+    assert api.MEMORY_SHARE == 0.5, "the page says half of the memory available"
+    assert rates.KEEP_SECONDS == 7 * 24 * 3600, "the page says a week"
 
 
 def generator(name: str) -> ModuleType:

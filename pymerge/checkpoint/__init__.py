@@ -12,10 +12,11 @@ from pymerge.checkpoint.manifest import (
     read_manifest,
 )
 from pymerge.checkpoint.sidefiles import companion_files, skipped_files, tokenizer_files
-from pymerge.checkpoint.source import Checkpoint, open_checkpoint
+from pymerge.checkpoint.source import HEAD_ENDINGS, Checkpoint, open_checkpoint
 from pymerge.checkpoint.verify import VerifyReport, verify_folder
 
 __all__ = [
+    "HEAD_ENDINGS",
     "INDEX_NAME",
     "MANIFEST_NAME",
     "Checkpoint",

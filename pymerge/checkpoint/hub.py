@@ -9,6 +9,7 @@ from pathlib import Path
 from pymerge.checkpoint.index import INDEX_SUFFIX, read_index
 from pymerge.checkpoint.strict_json import shown
 from pymerge.errors import CheckpointError
+from pymerge.names import nearest
 
 NO_ADAPTERS = (
     "LoRA adapters are not supported in this version: merge the adapter into its base with PEFT "
@@ -40,16 +41,17 @@ def download(reference: str, *, allow_pickle: bool = False) -> Path:
         # The hub client raises many kinds (its own, httpx, OSError); all mean "not to be had", and
         # the reason is passed on.
         except Exception as error:
-            reasons.append(f"{type(error).__name__}: {_first_line(error)}")
+            reasons.append("not there" if cached_only else _short(error))
             continue
         if _has_weights(folder):
             return folder
         reasons.append("no complete weights in safetensors files under their usual names")
     raise CheckpointError(
         f"model {shown(reference)}: expected an existing path or a model on the hub, found "
-        f"neither: there is no such path; in the hub's local cache: {reasons[0]}; from the hub: "
-        f"{reasons[-1]}. Check the spelling, the network and HF_HUB_OFFLINE, log in with 'hf auth "
-        "login' for a gated model, or allow pickles for a model that has PyTorch files only"
+        f"neither: no such path in {os.getcwd()}{_similar(reference)}; the hub's cache: "
+        f"{reasons[0]}; the hub: {reasons[-1]}. Check the spelling and the current folder, the "
+        "network and HF_HUB_OFFLINE; log in with 'hf auth login' for a gated model; give "
+        "--allow-pickle for one that has PyTorch files only"
     )
 
 
@@ -69,8 +71,8 @@ def parse_hub_reference(reference: str) -> tuple[str, str | None]:
     if not _HUB_ID.fullmatch(hub_id) or hub_id.endswith(".safetensors"):
         raise CheckpointError(
             f"model {shown(reference)}: expected an existing path or a hub id such as "
-            "'owner/name', found no such path, and it cannot be a hub id; check the spelling and "
-            "the current folder"
+            f"'owner/name', found no such path in {os.getcwd()}{_similar(reference)}, and it "
+            "cannot be a hub id; check the spelling and the current folder"
         )
     if at and not revision:
         raise CheckpointError(
@@ -94,9 +96,21 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str], cached_onl
     )
 
 
-def _first_line(error: Exception) -> str:
+def _short(error: Exception) -> str:
+    """The first sentence of what the hub's client says."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
+    sentence = re.split(r"(?<=\w)\.(?:\s|$)", lines[0])[0] if lines else "no reason given"
+    return f"{type(error).__name__}, {sentence[:160]}"
+
+
+def _similar(reference: str) -> str:
+    """The nearest name of a folder or file that lies where the reference points."""
+    path = Path(reference)
+    try:
+        match = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
+    except OSError:
+        return ""
+    return f" (did you mean {shown(str(path.parent / match))}?)" if match else ""
 
 
 def _has_weights(folder: Path) -> bool:

@@ -119,15 +119,21 @@ def manifest_json(
     return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def _instead(folder: Path) -> str:
+    """What there is where a manifest was expected, and what to do."""
+    if not folder.exists():
+        return "no such folder; check the path"
+    if any(folder.glob("*.partial")):
+        return "an unfinished merge; run the same merge again to continue it"
+    return "none; the folder is not the output of a merge by pymerge"
+
+
 def read_manifest(folder: Path | str) -> Manifest:
     """The manifest of an output folder. Raises CheckpointError where it is missing or malformed."""
     path = Path(folder) / MANIFEST_NAME
     content = read_json_object(path)
     if content is None:
-        raise CheckpointError(
-            f"{folder}: expected {MANIFEST_NAME}, found none; the folder is not the finished "
-            "output of a merge"
-        )
+        raise CheckpointError(f"{folder}: expected {MANIFEST_NAME}, found {_instead(path.parent)}")
     if content.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{path}, field schema: expected {SCHEMA}, found {shown(content.get('schema'))}; "

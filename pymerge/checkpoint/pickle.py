@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymerge.cache import cache_folder
 from pymerge.checkpoint.layout import OutputTensor, encode_header
 from pymerge.checkpoint.strict_json import is_text, shown
 from pymerge.errors import CheckpointError, StorageError
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
 WRITE_BYTES = 64 << 20
 #: Under which key programs keep the weights when the file holds more.
 _WRAPPER_KEYS = ("state_dict", "model_state_dict")
-
-
-def cache_folder() -> Path:
-    """``PYMERGE_CACHE``, else ``XDG_CACHE_HOME/pymerge``, else ``~/.cache/pymerge``."""
-    if os.environ.get("PYMERGE_CACHE"):
-        return Path(os.environ["PYMERGE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pymerge"
 
 
 def convert(path: Path, *, keep_tied: bool) -> Path:

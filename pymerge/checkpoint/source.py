@@ -25,7 +25,8 @@ _TRAINER_FILES = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|adapter_model|random_states)[\w.-]*"
 )
 _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
-_HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight", "output.weight")
+#: How the tensor of an output head ends, in the families that name it otherwise too.
+HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Checkpoint:
         flag = tie_flag(self.config)
         if flag is not None:
             return flag
-        architectures = (self.config or {}).get("architectures") or []
-        is_causal = any("CausalLM" in str(name) or "LMHead" in str(name) for name in architectures)
-        return is_causal and not any(name.endswith(_HEAD_ENDINGS) for name in self.tensors)
+        architectures = (self.config or {}).get("architectures")
+        names = architectures if isinstance(architectures, list) else [architectures]
+        is_causal = any("CausalLM" in str(name) or "LMHead" in str(name) for name in names)
+        return is_causal and not any(name.endswith(HEAD_ENDINGS) for name in self.tensors)
 
 
 def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -265,8 +267,8 @@ def _pickles_refused(reference: str, files: list[Path]) -> CheckpointError:
     return CheckpointError(
         f"model {shown(reference)}: expected safetensors files, found only PyTorch files "
         f"({shown_names([path.name for path in files])}); these are Python pickles, slow to open "
-        "and able to hold code. Convert the model to safetensors, or allow pickles to have it "
-        "converted into the cache"
+        "and able to hold code. Convert the model to safetensors, or give --allow-pickle to "
+        "have it converted into the cache"
     )
 
 

@@ -40,7 +40,7 @@ class Configuration:
 
 TIES = {"normalize": True, "lambda": 1.0}
 CONFIGURATIONS = (
-    Configuration("pretrained", "pre-trained base", "passthrough", {}),
+    Configuration("pretrained", "base (passthrough)", "passthrough", {}),
     Configuration("mean", "mean (linear)", "linear", {"normalize": True}),
     Configuration(
         "task-arithmetic",

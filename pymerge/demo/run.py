@@ -149,6 +149,18 @@ def run_demo(out: Path, console: Console, settings: Settings | None = None) -> D
     return result
 
 
+ABOUT = (
+    "\nOne small network, fine-tuned for eight image tasks, then merged back into one. The tasks: "
+    "scikit-learn's digits as they are, turned, inverted, flipped both ways and with their pixels "
+    "jumbled; docs and mix: which of four scikit-image pictures a patch is from.\n"
+)
+NOTES = (
+    "λ is the recipe's lambda. TIES keeps the largest 20 % of each tensor; model-wide: of the "
+    "whole model.\n* λ was chosen on images that neither training nor the test saw.\n"
+    "'experts, own task' is each fine-tuned model on its own task: what a merge can hope for.\n"
+)
+
+
 def write_results(result: DemoResult, settings: Settings) -> None:
     """results.json: settings, accuracies as fractions, chosen lambdas, seconds."""
     document = {
@@ -168,11 +180,9 @@ def write_results(result: DemoResult, settings: Settings) -> None:
 
 def report(result: DemoResult, console: Console) -> None:
     """Print the table, where the files are, and how long each stage took."""
+    console.print(ABOUT)
     console.print(table(result.rows, result.experts))
-    console.print(
-        "TIES keeps the largest 20 % of each tensor, model-wide: of the whole model. "
-        "* λ was chosen on images that neither training nor the test saw."
-    )
+    console.print(NOTES)
     for path, what in (
         ("merged", "merged models"),
         ("recipes", "their recipes"),

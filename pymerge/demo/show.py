@@ -66,6 +66,7 @@ def plot(rows: Sequence[Row], bound: Row, path: Path) -> None:
         axes.text(101, position, f"{100 * row.mean:.1f}", va="center")
     axes.set_yticks(positions, [row.title for row in shown])
     axes.set_xlim(0, 107)
+    axes.set_title("Eight fine-tuned models merged into one", loc="left")
     axes.set_xlabel("test accuracy in %: bars and figures are means, dots single tasks")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(tasks), frameon=False, fontsize=8)

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pymerge.checkpoint import (
+    INDEX_NAME,
     MANIFEST_NAME,
     Checkpoint,
     FileRecord,
     Manifest,
     companion_files,
     config_json,
+    index_json,
     manifest_json,
     read_manifest,
     tokenizer_files,
@@ -44,20 +46,39 @@ def side_files(plan: Plan) -> dict[str, bytes]:
     return files
 
 
-def finished_manifest(plan: Plan, folder: Path) -> Manifest | None:
-    """The manifest of a folder that holds the whole output of exactly this plan, else None."""
-    if (folder / JOURNAL_NAME).exists() or not (folder / MANIFEST_NAME).exists():
-        return None
+def finished_manifest(plan: Plan, folder: Path, files: Mapping[str, bytes]) -> Manifest | None:
+    """The manifest of a folder that holds the whole output of exactly this plan, with these files
+    beside the weights, else None.
+
+    :raises StorageError: the system does not let us look into the folder.
+    """
+    try:
+        if (folder / JOURNAL_NAME).exists() or not (folder / MANIFEST_NAME).exists():
+            return None
+    except OSError as error:
+        raise StorageError(
+            f"cannot look into the output folder {folder}: {error}; choose another folder"
+        ) from error
     try:
         manifest = read_manifest(folder)
-        if manifest.content.get("plan") != plan.hash:
+        if manifest.content.get("plan") != plan.hash or manifest.files != _records(plan, files):
             return None
-        sizes = {shard.file_name: shard.num_bytes for shard in plan.shards}
-        sizes |= {name: record.num_bytes for name, record in manifest.files.items()}
-        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        whole = all(
+            (folder / shard.file_name).stat().st_size == shard.num_bytes for shard in plan.shards
+        ) and all(
+            FileRecord.of_file(folder / name) == record for name, record in manifest.files.items()
+        )
     except (CheckpointError, OSError):
         return None
     return manifest if whole else None
+
+
+def _records(plan: Plan, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
+    """What the manifest says of the files beside the weights."""
+    found = {name: FileRecord.of_bytes(content) for name, content in files.items()}
+    if len(plan.shards) > 1:
+        found[INDEX_NAME] = FileRecord.of_bytes(index_json(plan.shards))
+    return found
 
 
 def make_manifest(plan: Plan, records: Mapping[str, Record], files: Mapping[str, bytes]) -> bytes:

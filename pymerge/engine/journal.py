@@ -10,7 +10,9 @@ One JSON object a line:
    loss (another boot id) only those count.
 
 A last line that is torn, and anything after a line that cannot be read, does not count. The journal
-is rewritten only by renaming a new one over it, so that there is never a moment without one.
+is rewritten only by renaming a new one over it, so that there is never a moment without one; it is
+rewritten before any file of the output is created or removed, so that it never speaks of bytes that
+are gone.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pymerge.errors import StorageError
 
@@ -35,6 +39,15 @@ class Record:
 
     crc32c: int
     nonfinite: int
+
+
+class Found(NamedTuple):
+    """What a journal tells: the plan of the unfinished merge, its tensors that are done, and the
+    names of those whose bytes are on the device."""
+
+    plan_hash: str | None
+    records: dict[str, Record]
+    durable: frozenset[str]
 
 
 def _boot_id() -> str:
@@ -89,8 +102,8 @@ class Journal:
         self._opening: dict[str, object] = {}
         self._fd = _open_locked(self.path)
 
-    def read(self) -> tuple[str | None, dict[str, Record]]:
-        """The plan hash of the unfinished merge, or None, and its finished tensors."""
+    def read(self) -> Found:
+        """What the last run left. Raises OSError."""
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
             lines = file.read().split(b"\n")
@@ -110,10 +123,14 @@ class Journal:
                 break
         if boot != _boot_id() or boot == UNKNOWN_BOOT:
             tensors = tensors[:durable]
-        return plan_hash, dict(tensors)
+        return Found(plan_hash, dict(tensors), frozenset(name for name, _ in tensors[:durable]))
 
-    def begin(self, plan_hash: str, records: dict[str, Record]) -> None:
+    def begin(
+        self, plan_hash: str, records: Mapping[str, Record], durable: Collection[str] = ()
+    ) -> None:
         """Write the journal anew with what is known to be done, so that no torn line stays inside.
+
+        ``durable`` names the tensors whose bytes are on the device; they keep their mark.
 
         :raises OSError: it cannot be written; the old one is untouched.
         """
@@ -125,8 +142,12 @@ class Journal:
             self.num_records = 0
             self._opening = {"plan": plan_hash, "boot": _boot_id()}
             self._append(self._opening)
-            for name, record in records.items():
-                self.add(name, record)
+            kept = [name for name in records if name in durable]
+            for name in kept + [name for name in records if name not in durable]:
+                self.add(name, records[name])
+            if kept:
+                self._append({"durable": len(kept)})
+            os.fsync(fd)
             os.replace(fresh, self.path)
         except BaseException:
             self._fd = old

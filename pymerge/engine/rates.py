@@ -38,8 +38,8 @@ def measure_rates(folder: Path) -> Rates:
 
     :raises StorageError: the folder cannot be written.
     """
-    arena = _C.Arena(2 * (BLOCK_BYTES + 8192))
     try:
+        arena = _C.Arena(2 * (BLOCK_BYTES + 8192))
         with tempfile.TemporaryDirectory(prefix=".pymerge-rates-", dir=folder) as scratch:
             path = os.path.join(scratch, "probe")
             _copy_seconds(arena, PROBE_BYTES)  # touch the memory once
@@ -72,7 +72,8 @@ def known_rates(folder: Path) -> Rates | None:
 def floor_seconds(plan: Plan, rates: Rates) -> float:
     """Seconds that storage alone needs: read every source byte once, write the output.
 
-    Bytes of the sources that the page cache holds now are read at its rate.
+    Bytes of the sources that the page cache holds now are read at its rate; where the system does
+    not tell, as for files of another user, they count as not cached.
     """
     seconds = plan.bytes_written / rates.write
     wanted: dict[Path, int] = {}
@@ -80,7 +81,7 @@ def floor_seconds(plan: Plan, rates: Rates) -> float:
         for entry in job.sources:
             wanted[entry.file] = wanted.get(entry.file, 0) + entry.num_bytes
     for path, num_bytes in wanted.items():
-        share = _C.cached_fraction(str(path))
+        share = _cached_share(path)
         seconds += num_bytes * (share / rates.cached_read + (1 - share) / rates.read)
     return seconds
 
@@ -88,25 +89,43 @@ def floor_seconds(plan: Plan, rates: Rates) -> float:
 def rates_of(folder: Path) -> Rates | None:
     """The rates of the storage that holds ``folder``, measured if they are not known; None where it
     cannot be written."""
-    place = existing_parent(folder)
     try:
+        place = existing_parent(folder)
         return known_rates(place) or measure_rates(place)
     except StorageError:
         return None
 
 
 def known_floor(plan: Plan, folder: Path) -> float | None:
-    """The floor by remembered rates, None where this filesystem was not measured."""
+    """The floor by remembered rates, None where this filesystem was not measured.
+
+    :raises StorageError: the system does not let us look for the folder.
+    """
     rates = known_rates(existing_parent(folder))
     return None if rates is None else floor_seconds(plan, rates)
 
 
 def existing_parent(folder: Path) -> Path:
-    """The folder itself, or the nearest folder above it that exists."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    """The folder itself, or the nearest folder above it that exists.
+
+    :raises StorageError: the system does not let us look, as for a name that is too long.
+    """
+    try:
+        found = folder.absolute()
+        while not found.exists():
+            found = found.parent
+    except OSError as error:
+        raise StorageError(
+            f"cannot look for the folder {folder}: {error}; choose another folder"
+        ) from error
+    return found
+
+
+def _cached_share(path: Path) -> float:
+    try:
+        return _C.cached_fraction(str(path))
+    except OSError:
+        return 0.0
 
 
 def _cache_path(folder: Path) -> Path:

@@ -19,15 +19,18 @@ from pymerge.engine.context import Context
 from pymerge.engine.events import Events, Snapshot
 from pymerge.engine.finish import finished_manifest
 from pymerge.engine.model_look import measure_model
+from pymerge.engine.open_files import room_for_files
 from pymerge.engine.output import Output
 from pymerge.engine.sources import Sources
 from pymerge.engine.tensor_run import TensorRun
-from pymerge.errors import InterruptedMerge, PymergeError, StorageError
+from pymerge.errors import InterruptedMerge, PymergeError
 from pymerge.plan import Plan
 from pymerge.sizes import counted
 
 #: Jobs in progress at once: while one computes, the next is read.
 NUM_LANES = 3
+#: Files that a merge opens beside its sources and shards: journal, trace, side files, probes.
+OTHER_FILES = 32
 NonFinite = Literal["warn", "fail"]
 
 
@@ -36,8 +39,9 @@ class MergeReport:
     """What a merge did.
 
     ``stage_seconds`` sums the time of all threads in each stage; ``floor_fraction`` is the time
-    that the storage alone needs (as measured on this machine) over the time taken, None where the
-    storage was not measured; ``peak_memory`` is the peak resident size of the process in bytes.
+    that the storage alone needs by the rates remembered for this machine, over the time taken; it
+    exceeds 1 where the storage was faster than when it was measured, and is None where it was not
+    measured; ``peak_memory`` is the peak resident size of the process in bytes.
     ``done_before`` says that the folder held this very output already, so that nothing was done.
     """
 
@@ -82,9 +86,8 @@ def run_plan(
     :raises InterruptedMerge: SIGINT or SIGTERM came; what is done stays resumable.
     :raises PymergeError: a tensor has non-finite elements and ``nonfinite`` is ``fail``.
     """
-    _allow_open_files()
     events = Events(trace=trace is not None)
-    before = None if overwrite else finished_manifest(plan, out)
+    before = None if overwrite else finished_manifest(plan, out, side_files)
     if before is not None:
         found = before.content["nonfinite"]
         _check_finite(found, nonfinite)
@@ -93,7 +96,7 @@ def run_plan(
     if trace is not None:
         events.write_trace(trace)  # a place that cannot be written is better found now
     interrupted = threading.Event()
-    with _signals(interrupted):
+    with room_for_files(_num_files(plan)), _signals(interrupted):
         output = Output(plan, out, overwrite=overwrite, sync=sync, drop_cache=drop_cache)
         try:
             sources = Sources(plan.checkpoints, read_method)
@@ -139,7 +142,7 @@ def _report(
         bytes_written=events.bytes["write"],
         seconds=seconds,
         stage_seconds=dict(events.seconds),
-        floor_fraction=None if floor_seconds is None else min(1.0, floor_seconds / seconds),
+        floor_fraction=None if floor_seconds is None else floor_seconds / seconds,
         peak_memory=_peak_memory(),
         nonfinite=nonfinite,
         backends=plan.ops.backends,
@@ -148,10 +151,10 @@ def _report(
     )
 
 
-def _allow_open_files() -> None:
-    """As many open files as the system lets this process have: every shard is one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def _num_files(plan: Plan) -> int:
+    """How many files the merge may have open at once: every source and every shard is one."""
+    sources = {header.path for found in plan.checkpoints.values() for header in found.headers}
+    return len(sources) + len(plan.shards) + OTHER_FILES
 
 
 def _peak_memory() -> int:
@@ -279,6 +282,3 @@ def _signals(interrupted: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-__all__ = ["MergeReport", "NonFinite", "StorageError", "run_plan"]

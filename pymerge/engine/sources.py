@@ -43,8 +43,7 @@ class Sources:
         except OSError as error:
             advice = (
                 "the file was cut short after it was opened"
-                if error.errno == errno.EIO
-                and entry.file.stat().st_size < entry.offset + entry.num_bytes
+                if error.errno == errno.EIO and _is_short(entry)
                 else "check the device or the network mount, then run the same command to continue"
             )
             raise StorageError(f"reading tensor {entry.name!r}: {error}; {advice}") from error
@@ -73,10 +72,8 @@ class Sources:
             if (now.st_size, now.st_mtime_ns) != (header.file_bytes, header.mtime_ns):
                 raise StorageError(
                     f"source {path} changed during the merge (size {header.file_bytes} → "
-                    f"{now.st_size} "
-                    "bytes, or its modification time): the output would mix two versions; "
-                    "merge again "
-                    "with --overwrite once the file is at rest"
+                    f"{now.st_size} bytes, or its modification time): the output would mix two "
+                    "versions; merge again with --overwrite once the file is at rest"
                 )
 
     def close(self) -> None:

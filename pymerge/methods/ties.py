@@ -37,8 +37,16 @@ SPEC = MethodSpec(
             "str",
             "shared",
             "tensor",
-            "Rank magnitudes within each tensor (mergekit) or over the whole model (the paper).",
+            "Rank magnitudes within each tensor (mergekit) or over the whole model (the paper); "
+            "then the density must be the same for all tensors of a model.",
             choices=("tensor", "model"),
+        ),
+        ParameterSpec(
+            "rescale",
+            "bool",
+            "shared",
+            False,
+            "Must be false: mergekit's rescaling of trimmed task vectors is not supported yet.",
         ),
         INT8_MASK,
     ),
@@ -89,6 +97,16 @@ def measure_model(tensors: Sequence[Tensor]) -> ModelMeasuring:
     model_looks=3,
 )
 def ties(tensor: Tensor) -> Measuring:
+    """Refuse what is not there, so that the plan says it; then :func:`trim_and_merge`."""
+    if tensor.parameters["rescale"]:
+        raise RecipeError(
+            "ties: rescale: true is not supported in this version; leave it out to merge the "
+            "trimmed task vectors at their own size, as the paper and mergekit's default do"
+        )
+    return trim_and_merge(tensor)
+
+
+def trim_and_merge(tensor: Tensor) -> Measuring:
     """Measure the trim thresholds, then one fused mask → sign → mean → add."""
     if _is_model_wide(tensor):
         trims = yield from locate_cutoffs(tensor, tensor.state[tensor.name])

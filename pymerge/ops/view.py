@@ -81,11 +81,33 @@ def _torch_view(tensor: Any, format: Format | None) -> View:
         raise PymergeError(f"view: expected a floating-point tensor the kernels read, found {name}")
     if format is not None and format != found:
         raise PymergeError(f"view: asked for {format.name}, but a {name} tensor holds {found.name}")
-    if tensor.device.type != "cpu":
-        raise PymergeError(f"view: expected a tensor in CPU memory, found one on {tensor.device}")
+    _check_plain(tensor)
     if not tensor.is_contiguous():
         raise PymergeError(
             f"view: expected a contiguous tensor, found shape {tuple(tensor.shape)} with strides "
             f"{tuple(tensor.stride())}; pass tensor.contiguous()"
         )
     return View(int(tensor.data_ptr()), found.code, int(tensor.numel()))
+
+
+def _check_plain(tensor: Any) -> None:
+    """Refuses tensors whose memory is elsewhere or is not their value.
+
+    Quantised and complex tensors, which a conjugate bit makes another value, have no dtype that
+    kernels read.
+    """
+    if tensor.device.type != "cpu":
+        raise PymergeError(
+            f"view: expected a tensor in CPU memory, found one on {tensor.device}; "
+            "pass tensor.cpu()"
+        )
+    layout = str(tensor.layout).removeprefix("torch.")
+    if layout != "strided":
+        raise PymergeError(
+            f"view: expected a dense tensor, found layout {layout}; pass tensor.to_dense()"
+        )
+    if tensor.is_neg():
+        raise PymergeError(
+            "view: expected a plain tensor, found one that is negated only when it is read; "
+            "pass tensor.resolve_neg()"
+        )

@@ -18,6 +18,9 @@ from pymerge.ops.opset import OpSet
 #: Part of the plan's hash: raised when the same plan would give other bytes.
 NUMERICS_VERSION = 1
 
+#: What the process takes before it holds any tensor.
+IDLE_BYTES = 72 << 20
+
 
 @dataclass(frozen=True)
 class Job:
@@ -178,11 +181,23 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Estimated peak resident bytes of the whole process."""
-        return self.tiling.overhead + min(self.tiling.arena_bytes, self._wanted_blocks())
+        tiling, block = self.tiling, self.tiling.block_bytes
+        widest = max((tiling.streamed_blocks(job) for job in self.jobs), default=0)
+        flying = widest * (tiling.threads + tiling.readers + 1) * block
+        resident = sum(
+            sorted((job.source_bytes for job in self.jobs if self._is_held(job)), reverse=True)[:2]
+        )
+        everything = sum(job.source_bytes + job.num_bytes for job in self.jobs)
+        return IDLE_BYTES + min(tiling.arena_bytes, everything, max(flying, resident))
 
-    def _wanted_blocks(self) -> int:
-        total = sum(self.tiling.resident_blocks(job) for job in self.jobs)
-        return total * self.tiling.block_bytes
+    def _is_held(self, job: Job) -> bool:
+        """Whether the inputs of a job stay in memory between the looks at them."""
+        measured = job.kind == "merge" and not self.model_wide
+        return (
+            measured
+            and self.method.looks(job.tensor(self.ops)) > 0
+            and self.tiling.is_resident(job)
+        )
 
     @cached_property
     def hash(self) -> str:

@@ -13,9 +13,10 @@ from pymerge.checkpoint import (
     output_config,
     plan_shards,
     skipped_files,
+    tokenizer_files,
 )
-from pymerge.errors import PlanError
-from pymerge.formats import F32, F64, Format
+from pymerge.errors import CheckpointError, PlanError
+from pymerge.formats import Format, promote
 from pymerge.methods import get_method
 from pymerge.methods.protocol import Method
 from pymerge.methods.spec import ParameterValue
@@ -50,7 +51,7 @@ def make_plan(
     :raises PlanError: recipe and checkpoints do not fit together, or not into the memory.
     """
     checkpoints = {
-        ref: open_checkpoint(str(ref), allow_pickle=allow_pickle)
+        ref: _open(recipe, ref, allow_pickle)
         for ref in dict.fromkeys((*recipe.models, recipe.tokenizer_donor))
     }
     stacks = {ref: find_stack(checkpoint) for ref, checkpoint in checkpoints.items()}
@@ -80,6 +81,7 @@ def make_plan(
     model_wide = any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs)
     _rehearse(method, jobs, ops, model_wide)
     warnings += _file_warnings(checkpoints[recipe.donor])
+    _check_tokenizer(recipe, checkpoints)
     return Plan(
         recipe_text=recipe.text,
         method=method,
@@ -95,6 +97,26 @@ def make_plan(
         warnings=tuple(dict.fromkeys(warnings)),
         dropped=outline.dropped,
     )
+
+
+def _open(recipe: Recipe, ref: ModelRef, allow_pickle: bool) -> Checkpoint:
+    """Open one model; what is wrong with it is said with the place that names it."""
+    try:
+        return open_checkpoint(str(ref), allow_pickle=allow_pickle)
+    except CheckpointError as error:
+        places = [s.place for part in recipe.slices for s in part.sources if s.model == ref]
+        place = places[0] if places else "tokenizer_source"
+        raise CheckpointError(f"{place}: {error}") from error
+
+
+def _check_tokenizer(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+    chosen = recipe.tokenizer_source
+    if chosen is not None and not tokenizer_files(checkpoints[chosen]):
+        raise PlanError(
+            f"tokenizer_source: {chosen} has no tokenizer files; name a model that has "
+            "them, or leave "
+            "the key out to take those of the base"
+        )
 
 
 def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: bool) -> None:
@@ -247,10 +269,7 @@ def _output_format(recipe: Recipe, line: Line, entries: list[TensorEntry]) -> Fo
     asked = recipe.out_dtype or recipe.dtype
     if asked is not None:
         return asked
-    writable = {format for format in formats if format.writable}
-    if len(writable) <= 1:
-        return next(iter(writable or formats))
-    return F64 if F64 in formats else F32
+    return promote(formats)
 
 
 def _check_writable(line: Line, format: Format) -> None:
@@ -277,6 +296,11 @@ def _filter_warnings(
 def _file_warnings(donor: Checkpoint) -> list[str]:
     """What the output takes from the donor unmerged, or leaves out."""
     warnings = []
+    if donor.config is None:
+        warnings.append(
+            f"{donor.reference} has no config.json, so that the output has none and transformers "
+            "cannot load it; copy one into the output folder"
+        )
     code = [path.name for path in skipped_files(donor)]
     if code:
         warnings.append(

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection
 
 from pymerge.errors import RecipeError
-from pymerge.recipe.names import listed, nearest
+from pymerge.names import listed, nearest
 from pymerge.recipe.yaml_tree import Node, Path
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
-
-
-def shown(value: object) -> str:
-    """A value as a message shows it: short however large it is."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        return "a list of lists or mappings"
-    return _SHORT.repr(value)
 
 
 def path_text(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import yaml
 
 from pymerge.errors import RecipeError
 from pymerge.methods.spec import MethodSpec
-from pymerge.recipe.findings import Findings, path_text, shown
-from pymerge.recipe.names import MERGEKIT_PARAMETERS, WITHOUT_EFFECT, listed, nearest
+from pymerge.names import listed, nearest, shown
+from pymerge.recipe.findings import Findings, path_text
+from pymerge.recipe.names import MERGEKIT_METHODS, MERGEKIT_PARAMETERS, WITHOUT_EFFECT
 from pymerge.recipe.recipe import Recipe, RecipeSlice, RecipeSource, Settings
 from pymerge.recipe.reference import ModelRef
 from pymerge.recipe.schema import ModelDocument, RecipeDocument, SliceDocument, home_of, validate
@@ -116,14 +117,20 @@ def _build(root: Node, text: str, specs: Mapping[str, MethodSpec], findings: Fin
     spec = specs.get(name) if isinstance(name, str) else None
     document = validate(raw, root, spec.parameters if spec else (), findings)
     if isinstance(name, str) and spec is None:
-        match = nearest(name, specs)
-        hint = f"; did you mean {match!r}?" if match else ";"
         findings.error(
-            ("merge_method",), f"unknown method {name!r}{hint} the methods are {listed(specs)}"
+            ("merge_method",), f"{_unknown(name, specs)} the methods are {listed(specs)}"
         )
     if document is None or spec is None:
         raise findings.as_error()
     return _Builder(document, spec, specs, findings).build(text)
+
+
+def _unknown(name: str, specs: Iterable[str]) -> str:
+    """What is wrong with a method's name."""
+    if name in MERGEKIT_METHODS:
+        return f"{name!r} is a method of mergekit that this version does not have;"
+    match = nearest(name, specs)
+    return f"unknown method {name!r};" + (f" did you mean {match!r}?" if match else "")
 
 
 class _Builder:
@@ -159,7 +166,7 @@ class _Builder:
             settings=self._settings(document.parameters, ("parameters",)),
             dtype=document.format,
             out_dtype=document.out_format,
-            tokenizer_source=_reference(document.tokenizer_source),
+            tokenizer_source=_reference(document.tokenizer_model),
             text=text,
             warnings=tuple(self._findings.warnings),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pymerge.errors import PlanError, RecipeError
 from pymerge.methods.spec import MethodSpec, ParameterSpec, ParameterValue
-from pymerge.recipe.names import nearest
+from pymerge.names import nearest
 from pymerge.recipe.recipe import Recipe, RecipeSlice, RecipeSource, Settings
 from pymerge.recipe.reference import ModelRef
 from pymerge.recipe.values import Setting, resolve

@@ -20,8 +20,8 @@ from pydantic import (
 )
 
 from pymerge.formats import BY_TORCH_NAME, Format
-from pymerge.recipe.findings import Findings, path_text, shown
-from pymerge.recipe.names import listed, nearest
+from pymerge.names import listed, nearest, shown
+from pymerge.recipe.findings import Findings, path_text
 from pymerge.recipe.reference import ModelRef, split_reference
 from pymerge.recipe.yaml_tree import Node, Path
 
@@ -114,6 +114,38 @@ class SliceDocument(_Document):
     residual_weight: Any = None
 
 
+def _tokenizer_model(raw: Any) -> Any:
+    """What names the tokenizer: a model, or None for the donor's."""
+    if raw == "union":
+        raise ValueError(
+            "the union of tokenizers is not supported in this version; use base or the model whose "
+            "tokenizer the output takes"
+        )
+    # The donor's tokenizer, as without the key, even where a folder is called base.
+    return None if raw == "base" else raw
+
+
+class TokenizerDocument(_Document):
+    """``tokenizer``: the other spelling of ``tokenizer_source``."""
+
+    source: ModelDocument | None
+    tokens: Any = None
+    pad_to_multiple_of: Any = None
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _no_union(cls, raw: Any) -> Any:
+        return _tokenizer_model(raw)
+
+    @field_validator("tokens", "pad_to_multiple_of")
+    @classmethod
+    def _as_it_is(cls, raw: Any) -> None:
+        if raw is not None:
+            raise ValueError(
+                "not supported in this version, which copies a tokenizer as it is; leave it out"
+            )
+
+
 class RecipeDocument(_Document):
     """The whole recipe."""
 
@@ -126,7 +158,7 @@ class RecipeDocument(_Document):
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: ModelDocument | None = None
-    tokenizer: Any = None
+    tokenizer: TokenizerDocument | None = None
     chat_template: Any = None
 
     @field_validator("modules")
@@ -152,27 +184,16 @@ class RecipeDocument(_Document):
     @field_validator("tokenizer_source", mode="before")
     @classmethod
     def _no_union(cls, raw: Any) -> Any:
-        if raw == "union":
-            raise ValueError(
-                "the union of tokenizers is not supported in this version; use base or the model "
-                "whose tokenizer the output takes"
-            )
-        # The donor's tokenizer, as without the key, even where a folder is called base.
-        return None if raw == "base" else raw
-
-    @field_validator("tokenizer")
-    @classmethod
-    def _no_tokenizer(cls, raw: Any) -> None:
-        if raw is not None:
-            raise ValueError("not supported in this version; use tokenizer_source: base or a model")
+        return _tokenizer_model(raw)
 
     @field_validator("chat_template")
     @classmethod
     def _no_chat_template(cls, raw: Any) -> None:
         if raw is not None:
+            meaning = "the commonest template of all models" if raw == "auto" else "a new template"
             raise ValueError(
-                "not supported in this version; leave it out, and the chat template comes with the "
-                "tokenizer of tokenizer_source"
+                f"{meaning} is not supported in this version; leave chat_template out, and the "
+                "template comes with the tokenizer of tokenizer_source"
             )
 
     @model_validator(mode="after")
@@ -182,6 +203,17 @@ class RecipeDocument(_Document):
             found = " and ".join(forms) if forms else "neither"
             raise ValueError(f"expected exactly one of models and slices, found {found}")
         return self
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> RecipeDocument:
+        if self.tokenizer and "tokenizer_source" in self.model_fields_set:
+            raise ValueError("expected at most one of tokenizer and tokenizer_source, found both")
+        return self
+
+    @property
+    def tokenizer_model(self) -> ModelDocument | None:
+        """Whose tokenizer the output takes, None for the donor's."""
+        return self.tokenizer.source if self.tokenizer else self.tokenizer_source
 
     @property
     def format(self) -> Format | None:
@@ -200,6 +232,7 @@ for _document, _home in (
     (SliceDocument, "slices[*]"),
     (SourceDocument, "slices[*].sources[*]"),
     (ModelDocument, "the mapping form of a model, model: {model, override_architecture}"),
+    (TokenizerDocument, "tokenizer"),
     (PathDocument, "the mapping form of a model's path, model: {model: {path, revision}}"),
 ):
     for _name in _document.model_fields:
@@ -308,6 +341,7 @@ def _sentence(problem: Any) -> str:
             ("model",),
             ("base_model",),
             ("tokenizer_source",),
+            ("source",),
         }
         expected = "the path or name of a model (in quotes if YAML reads it as a number)"
         return f"expected {expected if is_model else _EXPECTED[kind]}, found {shown(found)}"

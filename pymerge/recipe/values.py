@@ -8,21 +8,12 @@ from typing import Any, NamedTuple
 
 from pymerge.errors import RecipeError
 from pymerge.methods.spec import ParameterSpec, ParameterValue
-from pymerge.recipe.findings import Findings, shown
+from pymerge.methods.values import check_value
+from pymerge.names import shown
+from pymerge.recipe.findings import Findings
 from pymerge.recipe.yaml_tree import Path
 
 CONDITION_KEYS = ("filter", "value")
-
-_WORDS = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
-}
 
 
 class Branch(NamedTuple):
@@ -136,72 +127,23 @@ def _warn_of_unreachable(branches: list[Branch], path: Path, findings: Findings)
 
 
 def _scalar(raw: Any, spec: ParameterSpec, path: Path, findings: Findings) -> ParameterValue | None:
+    if raw is None:
+        findings.error(path, f"{spec.name} has no value; give one or remove the key")
+        return None
     try:
-        return _checked(raw, spec)
+        return check_value(raw, spec)
     except ValueError as error:
-        findings.error(path, str(error))
+        findings.error(path, f"{error}{_yaml_hint(raw, spec)}")
         return None
 
 
-def _checked(raw: Any, spec: ParameterSpec) -> ParameterValue:
-    """The value in the kind of its spec; ValueError with a sentence."""
-    if raw is None:
-        raise ValueError(f"{spec.name} has no value; give one or remove the key")
-    if spec.kind == "bool":
-        return _boolean(raw, spec)
-    if spec.kind == "str":
-        return _word(raw, spec)
-    return _number(raw, spec)
-
-
-def _boolean(raw: Any, spec: ParameterSpec) -> bool:
-    if isinstance(raw, bool):
-        return raw
-    if isinstance(raw, (int, float)) and raw in (0, 1):
-        return bool(raw)
-    if isinstance(raw, str) and raw.strip().lower() in _WORDS:
-        return _WORDS[raw.strip().lower()]
-    raise ValueError(f"{spec.name} is true or false, found {shown(raw)}")
-
-
-def _word(raw: Any, spec: ParameterSpec) -> str:
-    if not isinstance(raw, str):
-        raise ValueError(
-            f"{spec.name} is a word{_choices(spec)}, found {shown(raw)}; put quotes around a word "
-            "that YAML reads as a number or a boolean"
-        )
-    if spec.choices and raw not in spec.choices:
-        raise ValueError(f"{spec.name} is a word{_choices(spec)}, found {shown(raw)}")
-    return raw
-
-
-def _choices(spec: ParameterSpec) -> str:
-    return f" out of {', '.join(spec.choices)}" if spec.choices else ""
-
-
-def _number(raw: Any, spec: ParameterSpec) -> float | int:
-    expected = f"{spec.name} is {'a whole number' if spec.kind == 'int' else 'a number'}"
-    if isinstance(raw, bool):
-        raise ValueError(f"{expected}, found {shown(raw)} (yes, no, on and off are YAML booleans)")
-    if not isinstance(raw, (int, float, str)):
-        raise ValueError(f"{expected}, found {shown(raw)}")
-    try:
-        # An int stays one: a float holds whole numbers exactly only up to 2**53.
-        value = raw if isinstance(raw, int) and spec.kind == "int" else float(raw)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{expected}, found {shown(raw)}") from None
-    if not isinstance(value, int):
-        if not math.isfinite(value):
-            raise ValueError(f"{expected} and finite, found {shown(raw)}")
-        if spec.kind == "int":
-            if not value.is_integer():
-                raise ValueError(f"{expected}, found {shown(raw)}")
-            value = int(value)
-    if spec.minimum is not None and value < spec.minimum:
-        raise ValueError(f"{spec.name} is at least {spec.minimum:g}, found {shown(raw)}")
-    if spec.maximum is not None and value > spec.maximum:
-        raise ValueError(f"{spec.name} is at most {spec.maximum:g}, found {shown(raw)}")
-    return value
+def _yaml_hint(raw: Any, spec: ParameterSpec) -> str:
+    """What YAML may have made of a value that is of the wrong kind."""
+    if spec.kind == "str" and not isinstance(raw, str):
+        return "; put quotes around a word that YAML reads as a number or a boolean"
+    if spec.kind in ("float", "int") and isinstance(raw, bool):
+        return " (yes, no, on and off are YAML booleans)"
+    return ""
 
 
 def resolve(setting: Setting, tensor_name: str, t: float) -> Resolved | None:

@@ -65,7 +65,7 @@ def test_says_why_neither_worked(calls):
     for word in (
         "'owner/name'",
         "no such path",
-        "not cached",
+        "not there",
         "no route to host",
         "HF_HUB_OFFLINE",
     ):

@@ -187,7 +187,7 @@ def test_refuses_damaged_files(tmp_path, damage):
 
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    from pymerge.checkpoint.pickle import cache_folder
+    from pymerge.cache import cache_folder
 
     assert cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("PYMERGE_CACHE")

@@ -239,6 +239,9 @@ def test_plain_float8_and_integers_are_no_quantisation(save, packed_tensors):
         ({"architectures": ["GPT2LMHeadModel"]}, False, True),
         ({"architectures": ["LlamaForCausalLM"]}, True, False),
         ({"architectures": ["BertModel"]}, False, False),
+        ({"architectures": 5}, False, False),
+        ({"architectures": None}, False, False),
+        ({"architectures": "LlamaForCausalLM"}, False, True),
         ({}, False, False),
     ],
 )

@@ -274,3 +274,81 @@ def test_shard_closed_while_another_lane_syncs(
     for attempt in range(3):
         api.merge(plan, tmp_path / f"out{attempt}")
         assert digests(tmp_path / f"out{attempt}") == digests(tmp_path / "whole")
+
+
+def refusing(*args: Any, **names: Any) -> Any:
+    raise OSError(errno.EIO, "broken")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(_C, "free_bytes"), (os, "listdir"), (os, "fsync"), (_C, "fsync_directory")],
+    ids=["free", "list", "journal", "folder"],
+)
+def test_folder_that_cannot_be_opened(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, refusing)
+        with pytest.raises(StorageError, match="broken"):
+            api.merge(small.recipe("linear"), tmp_path / "out" / "below")
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_output_that_cannot_be_removed(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.merge(small.recipe("linear"), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refusing)
+        with pytest.raises(StorageError, match="broken"):
+            api.merge(small.recipe("ties"), tmp_path / "out", overwrite=True)
+
+
+def test_error_whose_handling_fails_too(
+    small: Any, tmp_path: Path, failing_sync: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told is the first cause."""
+    monkeypatch.setattr(Journal, "distrust", refusing)
+    failing_sync(1)
+    with pytest.raises(StorageError, match=r"lost write.*begin again with --overwrite"):
+        api.merge(small.recipe("linear"), tmp_path / "out")
+    free_bytes, asked = _C.free_bytes, []
+
+    def first_only(path: str) -> int:
+        asked.append(path)
+        if len(asked) > 1:
+            raise OSError(errno.EIO, "broken")
+        return free_bytes(path)
+
+    monkeypatch.setattr(_C, "free_bytes", first_only)
+    with failing_write(2), pytest.raises(StorageError, match=r"no space left.*unknown are free"):
+        api.merge(small.recipe("linear"), tmp_path / "full")
+    assert len(asked) > 1
+
+
+def test_bytes_lost_at_the_closing_of_a_shard(
+    small: Any, tmp_path: Path, digests: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first cause is told, and what was not synced is not taken for written."""
+    plan = api.plan(small.recipe("linear"), threads=1)
+    left = [5]
+
+    class Shard(_C.ShardFile):  # type: ignore[misc]
+        def write(self, offset: int, address: int, length: int) -> None:
+            left[0] -= 1
+            if left[0] <= 0:
+                raise OSError(errno.ENOSPC, "full")
+            super().write(offset, address, length)
+
+        def close(self) -> None:
+            super().close()
+            raise OSError(errno.EIO, "lost write")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_C, "ShardFile", Shard)
+        with pytest.raises(StorageError, match="no space left"):
+            api.merge(plan, tmp_path / "out")
+    assert api.merge(plan, tmp_path / "out").num_resumed == 0
+    api.merge(plan, tmp_path / "whole")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from pymerge import _C, api
+from pymerge.engine.journal import Journal
+from pymerge.errors import PlanError
 
 JOURNAL = ".pymerge-journal"
 MIB = 1 << 20
@@ -195,4 +197,88 @@ def test_killed_at_every_second_step_of_a_resume(
             break
         assert code == DIED, step
     assert digests(out) == digests(whole)
+    assert step > 5
+
+
+class Stop(Exception):
+    """The interruption of these tests."""
+
+
+def stop_after(num_tensors: int, plan: Any, out: Path) -> None:
+    """Leave a merge behind that has so many tensors in its journal."""
+    add, left = Journal.add, [num_tensors]
+
+    def counted(self: Journal, *args: Any) -> None:
+        if left[0] == 0:
+            raise Stop
+        left[0] -= 1
+        add(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", counted)
+        with pytest.raises(Stop):
+            api.merge(plan, out)
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "2KB"], ids=["single", "multi"])
+def test_killed_while_taking_over_another_merge(
+    tiny: Any, tmp_path: Path, child: Any, digests: Any, shard_size: str
+) -> None:
+    """The journal of the merge that was there must not speak of the files of the new one."""
+    first, second = (
+        api.plan(tiny.recipe(method), memory=160 * MIB, threads=1, shard_size=shard_size)
+        for method in ("ties", "linear")
+    )
+    stopped, whole, out = tmp_path / "stopped", tmp_path / "whole", tmp_path / "out"
+    api.merge(first, whole)
+    stop_after(4, first, stopped)
+    outcomes = set()
+
+    for step in steps():
+        shutil.copytree(stopped, out)
+
+        def merge(step: int = step) -> None:
+            die_at(step)
+            api.merge(second, out, overwrite=True)
+
+        assert child(merge) == DIED, step
+        lines = (out / JOURNAL).read_text().splitlines()
+        has_begun = second.hash in lines[0] and len(lines) > 1
+        try:
+            resumed = api.merge(first, out).num_resumed
+        except PlanError:
+            outcomes.add("refused")
+        else:
+            outcomes.add(resumed)
+            assert digests(out) == digests(whole), step
+        if has_begun:
+            break
+        shutil.rmtree(out)
+    assert outcomes == {"refused", 0, 4}
+
+
+def test_killed_while_a_lost_shard_is_created_again(
+    tiny: Any, tmp_path: Path, child: Any, digests: Any
+) -> None:
+    """The journal must forget the tensors of a lost shard before the shard is there again."""
+    plan = api.plan(tiny.recipe("linear"), memory=160 * MIB, threads=1)
+    stopped, whole, out = tmp_path / "stopped", tmp_path / "whole", tmp_path / "out"
+    api.merge(plan, whole)
+    stop_after(4, plan, stopped)
+    (stopped / "model.safetensors.partial").unlink()
+
+    for step in steps():
+        shutil.copytree(stopped, out)
+
+        def merge(step: int = step) -> None:
+            die_at(step)
+            api.merge(plan, out)
+
+        assert child(merge) == DIED, step
+        has_begun = num_lines(out / JOURNAL) == 2
+        api.merge(plan, out)
+        assert digests(out) == digests(whole), step
+        if has_begun:
+            break
+        shutil.rmtree(out)
     assert step > 5

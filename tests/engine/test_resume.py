@@ -15,7 +15,9 @@ import pytest
 
 from pymerge import _C, api
 from pymerge.engine import journal as journal_module
+from pymerge.engine import make_manifest, run_plan
 from pymerge.engine.journal import Journal, Record
+from pymerge.engine.output import Output
 from pymerge.errors import PlanError, StorageError
 
 JOURNAL = ".pymerge-journal"
@@ -213,7 +215,7 @@ def test_lock_on_a_journal_that_was_replaced(tmp_path: Path) -> None:
         Journal(tmp_path)
     first.close()
     second = Journal(tmp_path)
-    assert second.read() == ("plan", {})
+    assert second.read() == ("plan", {}, frozenset())
     second.close()
     os.close(old)
 
@@ -235,7 +237,7 @@ def test_journal_removed_while_another_run_opens_it(
 
     monkeypatch.setattr(fcntl, "flock", finish_first)
     second = Journal(tmp_path)
-    assert second.read() == (None, {})
+    assert second.read() == (None, {}, frozenset())
     assert os.path.samestat(os.fstat(second._fd), (tmp_path / JOURNAL).stat())
     second.remove()
 
@@ -400,3 +402,235 @@ def test_progress_of_a_resumed_merge_reaches_its_totals(stopped: Any) -> None:
     assert last.bytes_read == last.bytes_read_total > 0
     assert last.bytes_written == last.bytes_written_total > 0
     assert last.tensors_done == last.tensors_total == len(plan.jobs)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model-final.safetensors", "config.json", "model.safetensors"]
+)
+def test_files_put_there_after_a_journal_without_records(
+    small: Any, tmp_path: Path, digests: Any, name: str
+) -> None:
+    """A run that was killed before its first tensor gives no right to what came later."""
+    out = tmp_path / "out"
+    with stop_after(0):
+        api.merge(small.recipe("linear"), out)
+    (out / name).write_text("mine")
+    before = digests(out)
+    with pytest.raises(PlanError, match=rf"holds a model already \({name}\)"):
+        api.merge(small.recipe("ties"), out)
+    assert digests(out) == before
+    with pytest.raises(PlanError, match=rf"holds a model already \({name}\)"):
+        api.merge(small.recipe("linear"), out)
+    assert (out / name).read_text() == "mine"
+
+
+def test_partial_files_of_others_stay(small: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "pytorch_model.bin.partial").write_text("a download")
+    api.merge(small.recipe("linear"), out)
+    assert (out / "pytorch_model.bin.partial").read_text() == "a download"
+
+
+def other_size(plan: Any, whole: Path, path: Path) -> None:
+    path.write_text("mine")
+
+
+def other_header(plan: Any, whole: Path, path: Path) -> None:
+    content = bytearray((whole / "model.safetensors").read_bytes())
+    content[9] ^= 1
+    path.write_bytes(content)
+
+
+def same_header(plan: Any, whole: Path, path: Path) -> None:
+    """A model of the same shapes: the shard of this merge is still unfinished beside it."""
+    shutil.copy(whole / "model.safetensors", path)
+
+
+@pytest.mark.parametrize("num_tensors", [5, 9])
+@pytest.mark.parametrize("put", [other_size, other_header, same_header])
+def test_a_model_put_there_meanwhile_is_not_replaced(
+    small: Any, tmp_path: Path, digests: Any, num_tensors: int, put: Callable[..., None]
+) -> None:
+    plan = api.plan(small.recipe("linear"), threads=1)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    api.merge(plan, whole)
+    with stop_after(num_tensors) if num_tensors < 9 else unfinished_commit():
+        api.merge(plan, out)
+    put(plan, whole, out / "model.safetensors")
+    before = digests(out)
+    with pytest.raises(PlanError, match=r"files of another model \(model.safetensors\).*overwrite"):
+        api.merge(plan, out)
+    assert digests(out) == before
+    assert api.merge(plan, out, overwrite=True).num_resumed == num_tensors
+    assert digests(out) == digests(whole)
+
+
+@contextmanager
+def unfinished_commit() -> Iterator[None]:
+    """Let the merge inside fail once all tensors are written."""
+
+    def fail(self: Output, *args: Any) -> None:
+        raise Unplugged
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "commit", fail)
+        with pytest.raises(Unplugged):
+            yield
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "config.json"])
+def test_other_files_put_there_meanwhile_are_told(stopped: Any, digests: Any, name: str) -> None:
+    plan, out, whole = stopped
+    (out / name).write_text("mine")
+    with pytest.raises(PlanError, match=rf"files of another model \({name}\)"):
+        api.merge(plan, out)
+    assert (out / name).read_text() == "mine"
+    (out / name).unlink()
+    assert api.merge(plan, out).num_resumed == 5
+    assert digests(out) == whole
+
+
+def test_durable_tensors_stay_durable_over_a_resume(
+    stopped: Any, digests: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark does not fall with the journal that held it: a power loss after a resume."""
+    plan, out, whole = stopped
+    lines = (out / JOURNAL).read_text().splitlines(keepends=True)
+    tensors = [line for line in lines[1:] if "tensor" in line]
+    (out / JOURNAL).write_text(
+        lines[0] + "".join(tensors[:3]) + '{"durable":3}\n' + "".join(tensors[3:])
+    )
+    durable = {json.loads(line)["tensor"] for line in tensors[:3]}
+    with stop_after(6):
+        api.merge(plan, out)
+    journal = Journal(out)
+    assert journal.read().durable == durable
+    journal.close()
+    monkeypatch.setattr(journal_module, "_boot_id", lambda: "another boot")
+    assert api.merge(plan, out).num_resumed == 3
+    assert digests(out) == whole
+
+
+def test_durable_tensors_come_first_in_a_new_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    records = {name: Record(0, 0) for name in "abcd"}
+    journal.begin("plan", records, {"b", "d"})
+    journal.close()
+    again = Journal(tmp_path)
+    assert again.read() == ("plan", records, {"b", "d"})
+    again.close()
+
+
+def test_a_new_journal_is_on_the_device_before_it_replaces_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        calls.append(("fsync", os.fstat(fd).st_size))
+        fsync(fd)
+
+    def replaced(old: Path, new: Path) -> None:
+        calls.append(("replace", os.stat(old).st_size))
+        replace(old, new)
+
+    journal = Journal(tmp_path)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    journal.begin("plan", {"a": Record(1, 0)})
+    journal.remove()
+    assert [name for name, _ in calls] == ["fsync", "replace"]
+    assert calls[0][1] == calls[1][1] > 0
+
+
+def test_shards_of_a_run_without_syncs_are_synced(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = api.plan(small.recipe("linear"), threads=1, shard_size="60KB")
+    out = tmp_path / "out"
+    with unfinished_commit():
+        api.merge(plan, out, sync=False)
+    synced = []
+
+    class Shard(_C.ShardFile):  # type: ignore[misc]
+        def sync(self) -> None:
+            synced.append(self.path)
+            super().sync()
+
+    monkeypatch.setattr(_C, "ShardFile", Shard)
+    assert api.merge(plan, out).num_resumed == 9
+    assert synced == [out / shard.file_name for shard in plan.shards]
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "60KB"], ids=["single", "multi"])
+def test_every_name_is_durable_before_the_commit_mark(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str
+) -> None:
+    """New folders in their parents, sub-folders, and the files beside the weights."""
+    plan = api.plan(small.recipe("linear"), threads=1, shard_size=shard_size)
+    out = tmp_path / "new" / "folders" / "out"
+    calls: list[tuple[str, Path]] = []
+    sync_folder, replace = _C.fsync_directory, os.replace
+
+    def synced(path: str) -> None:
+        calls.append(("sync", Path(path)))
+        sync_folder(path)
+
+    def replaced(old: Path, new: Path) -> None:
+        calls.append(("replace", Path(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(_C, "fsync_directory", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    files = {"config.json": b"{}", "1_Pooling/config.json": b"{}"}
+    run_plan(
+        plan,
+        out,
+        side_files=files,
+        make_manifest=lambda output: make_manifest(plan, output.records, files),
+    )
+    parents = [tmp_path, tmp_path / "new", tmp_path / "new" / "folders"]
+    assert calls[:3] == [("sync", parent) for parent in parents]
+    mark = "model.safetensors" if len(plan.shards) == 1 else "model.safetensors.index.json"
+    committed = calls.index(("replace", out / mark))
+    for name in (*files, "pymerge_manifest.json"):
+        written = calls.index(("replace", out / name))
+        assert ("sync", (out / name).parent) in calls[written:committed], name
+        assert ("sync", out) in calls[written:committed], name
+    assert ("sync", out) in calls[committed:]
+
+
+def test_changed_side_file_of_a_donor_is_another_output(
+    small: Any, tmp_path: Path, copied: dict[str, Any]
+) -> None:
+    """The weights would be the same, the tokenizer not; its length does not tell."""
+    out = tmp_path / "out"
+    api.merge(copied, out)
+    assert api.merge(copied, out).done_before
+    for entry in copied["models"]:
+        path = Path(entry["model"]) / "tokenizer.json"
+        path.write_text(path.read_text().replace('"of"', '"by"'))
+    with pytest.raises(PlanError, match="holds a model already"):
+        api.merge(copied, out)
+    api.merge(copied, out, overwrite=True)
+    assert '"by"' in (out / "tokenizer.json").read_text()
+    (out / "README.md").write_text((out / "README.md").read_text().swapcase())
+    with pytest.raises(PlanError, match="holds a model already"):
+        api.merge(copied, out)
+
+
+def test_overwrite_continues_and_removes_a_model_put_there_meanwhile(
+    small: Any, tmp_path: Path, digests: Any
+) -> None:
+    """A loader would take the single file for the model, not the shards."""
+    plan = api.plan(small.recipe("linear"), threads=1, shard_size="60KB")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    api.merge(plan, whole)
+    with stop_after(5):
+        api.merge(plan, out)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (out / name).write_text("another model")
+    assert api.merge(plan, out, overwrite=True).num_resumed == 5
+    assert digests(out) == digests(whole)

@@ -204,7 +204,7 @@ def test_nonfinite_fail_leaves_no_model(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(PymergeError, match=r"2 tensors .*inf.weight \(1\), nan.weight \(2\)"):
-        api.merge(bad, out, nonfinite="fail", shard_size=shard_size)
+        api.merge(bad, out, non_finite="fail", shard_size=shard_size)
     assert not (out / "model.safetensors").exists()
     assert not (out / "model.safetensors.index.json").exists()
     report = api.merge(bad, out, shard_size=shard_size)
@@ -304,6 +304,7 @@ def test_more_models_than_compute_slots(
             patch.setattr(memory, "SMALLEST_BLOCK", 4096)
             patch.setattr(memory, "SMALLEST_ARENA", 1)
             patch.setattr(memory, "OVERHEAD_BYTES", 0)
+            patch.setattr(memory, "SELECTION_SHARE", 1 << 60)
             report = api.merge(each, tmp_path / name, memory=12288 * 41 * 4, threads=1)
         assert report.nonfinite == whole.nonfinite
         found = [
@@ -323,6 +324,7 @@ def test_tensor_as_large_as_the_arena(
     monkeypatch.setattr(memory, "LARGEST_BLOCK", 4096 + 8192)
     for name, value in (("SMALLEST_BLOCK", 1), ("SMALLEST_ARENA", 1), ("OVERHEAD_BYTES", 0)):
         monkeypatch.setattr(memory, name, value)
+    monkeypatch.setattr(memory, "SELECTION_SHARE", 1 << 60)
     wanted = api.plan(small.recipe("ties"), memory="8MiB", threads=1)
     largest = max(wanted.tiling.resident_blocks(job) for job in wanted.jobs)
     plan = api.plan(small.recipe("ties"), memory=(largest + spare) * 12288, threads=1)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from pymerge import ops
+from pymerge import _C, ops
 from pymerge.errors import BackendError, PymergeError
 from pymerge.formats import BF16, F16
 from pymerge.ops import View, cpu, reference, view
@@ -114,6 +115,77 @@ def test_a_wrong_argument_is_named(name: str, backend: Any) -> None:
 def test_a_view_says_what_it_cannot_take(array: Any, format: Any, message: str) -> None:
     with pytest.raises(PymergeError, match=message):
         view(array, format)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: torch.complex(x, x).conj(), "found complex64"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "found qint8"),
+        (lambda x: x.to("meta"), "in CPU memory, found one on meta"),
+        (lambda x: x.to_sparse(), r"found layout sparse_coo; pass tensor\.to_dense\(\)"),
+        (torch._neg_view, r"negated only when it is read; pass .*resolve_neg\(\)"),
+    ],
+    ids=["conjugate", "quantised", "meta", "sparse", "negated"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tensor_whose_memory_is_not_its_value_is_refused(
+    make: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    with pytest.raises(PymergeError, match=message):
+        view(make(torch.ones(4)))
+
+
+def test_a_negated_view_of_torch_itself_is_refused_and_its_copy_taken() -> None:
+    negated = torch.tensor([1 + 2j]).conj().imag
+    assert negated.is_neg()
+    with pytest.raises(PymergeError, match="negated"):
+        view(negated)
+    assert ops.count_nonfinite(view(negated.resolve_neg().contiguous())) == 0
+
+
+X8, X7 = view(X), view(SHORT)
+KEYS = np.zeros(64, np.int64)
+AT = KEYS.ctypes.data
+
+WRONG_RAW_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
+    "axpy": (lambda: _C.axpy_n(view(OUT), None, [X8, X7], [1, 1], 1, 1), "8 elements.* found 7"),
+    "axpy base": (lambda: _C.axpy_n(view(OUT), X7, [X8], [1], 1, 1), "8 elements in the base.* 7"),
+    "sample": (lambda: _C.magnitude_sample(None, [X7], 8, 0, 1, 1, AT, 8), "8 elements.* found 7"),
+    "sample group": (lambda: _C.magnitude_sample(None, [X8], 8, 0, 0, 1, AT, 8), "found 0 and 1"),
+    "sample keys": (lambda: _C.magnitude_sample(None, [X8], 8, 0, 1, 1, 0, 8), "found address 0"),
+    "sample size": (lambda: _C.magnitude_sample(None, [X8], 8, 0, 1, 1, AT, 9), "found 9"),
+    "num_sampled": (lambda: _C.num_sampled(0, 10, 0, 0), "at least 1.* found 0 and 0"),
+    "num_sampled stride": (lambda: _C.num_sampled(0, 10, 1, 0), "at least 1.* found 1 and 0"),
+    "num_sampled period": (lambda: _C.num_sampled(0, 10, 2**32, 2**32), r"below 2\*\*63"),
+    "bracket": (lambda: _C.bracket_count(X7, [X8], 8, [0], [1], AT, AT, 8), "base, found 7"),
+    "candidates": (
+        lambda: _C.bracket_count(None, [X8], 8, [0], [1], AT, AT, 9),
+        "most, found 9",
+    ),
+    "counts": (lambda: _C.bracket_count(None, [X8], 8, [0], [1], 0, AT, 8), "found address 0"),
+    "histogram": (
+        lambda: _C.magnitude_histogram(None, [X7], 8, 27, None, 31, AT, 16),
+        "8 elements in every view, found 7",
+    ),
+    "bins": (
+        lambda: _C.magnitude_histogram(None, [X8], 8, 27, None, 31, AT, 15),
+        "expected 16 entries, found 15",
+    ),
+    "locate": (lambda: _C.locate_equal(X7, X8, 0, 0), "8 elements in the base, found 7"),
+    "disjoint": (
+        lambda: _C.disjoint_merge(view(OUT), X8, [X7], [1], [0], [0], 0, True, 1),
+        "8 elements in every view, found 7",
+    ),
+    "convert": (lambda: _C.convert(view(OUT), X7), "8 elements in every view, found 7"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RAW_CALLS)
+def test_the_extension_itself_refuses_what_would_touch_foreign_memory(name: str) -> None:
+    call, message = WRONG_RAW_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_an_unknown_instruction_set_is_refused_and_changes_nothing() -> None:

@@ -347,3 +347,33 @@ def test_too_little_memory_is_said(tmp_path: Path) -> None:
     a = write_model(tmp_path / "a", 1, value=1)
     with pytest.raises(pymerge.PlanError, match="at least 128 MiB"):
         pymerge.plan({"merge_method": "passthrough", "models": [{"model": str(a)}]}, memory="64MiB")
+
+
+def test_what_ties_cannot_do_yet_is_said_by_the_plan(tmp_path: Path) -> None:
+    a = write_model(tmp_path / "a", 1, value=1)
+    b = write_model(tmp_path / "b", 1, value=3)
+    recipe = {"merge_method": "ties", "base_model": str(a), "models": weights(b)}
+    pymerge.plan(recipe | {"parameters": {"rescale": False}})
+    with pytest.raises(pymerge.RecipeError, match="rescale: true is not supported"):
+        pymerge.plan(recipe | {"parameters": {"rescale": True}})
+
+
+def test_a_donor_without_config_and_a_tokenizer_source_without_tokenizer_are_told(
+    tmp_path: Path,
+) -> None:
+    a = write_model(tmp_path / "a", 1, value=1)
+    b = write_model(tmp_path / "b", 1, value=3)
+    (a / "config.json").unlink()
+    recipe = {"merge_method": "linear", "models": weights(a, b)}
+    assert any("no config.json" in warning for warning in pymerge.plan(recipe).warnings)
+    with pytest.raises(pymerge.PlanError, match="has no tokenizer files"):
+        pymerge.plan(recipe | {"tokenizer_source": str(b)})
+
+
+def test_a_model_that_does_not_exist_is_named_with_its_place_and_the_nearest(
+    tmp_path: Path,
+) -> None:
+    write_model(tmp_path / "expert", 1, value=1)
+    models = [{"model": str(tmp_path / "exprt"), "parameters": {"weight": 1}}]
+    with pytest.raises(pymerge.CheckpointError, match=r"models\[0\].*did you mean .*expert"):
+        pymerge.plan({"merge_method": "linear", "models": models})

@@ -85,8 +85,20 @@ def test_model_references(load, tmp_path, monkeypatch):
     assert recipe.tokenizer_donor == ModelRef("hub/name", "v1")
 
 
-def test_tokenizer_of_the_base(load):
-    assert load(TIES + "tokenizer_source: base\n").tokenizer_donor == ModelRef("base")
+@pytest.mark.parametrize(
+    ("line", "donor"),
+    [
+        ("tokenizer_source: base", ModelRef("base")),
+        ("tokenizer: {source: base}", ModelRef("base")),
+        ("tokenizer: {source: base, tokens: , pad_to_multiple_of: null}", ModelRef("base")),
+        ("tokenizer_source: left", ModelRef("left")),
+        ("tokenizer: {source: left}", ModelRef("left")),
+        ("tokenizer: {source: other@v1}", ModelRef("other", "v1")),
+        ("tokenizer: {source: {model: {path: other, revision: v1}}}", ModelRef("other", "v1")),
+    ],
+)
+def test_whose_tokenizer(load, line, donor):
+    assert load(f"{TIES}{line}\n").tokenizer_donor == donor
 
 
 @pytest.mark.parametrize(
@@ -159,9 +171,24 @@ def test_mistakes(load, old, new, sentences):
     ("line", "sentence"),
     [
         ("modules: {text: {}}", "modules .* not supported in this version; use models or slices"),
-        ("tokenizer: {source: union}", "use tokenizer_source: base or a model"),
+        ("tokenizer: {source: union}", r"tokenizer\.source .*union of tokenizers is not supported"),
+        ("tokenizer: {}", r"tokenizer .*: the key 'source' is required"),
+        ("tokenizer: base", r"tokenizer .*: expected a mapping, found 'base'"),
+        ("tokenizer: {source: 7}", r"tokenizer\.source .*: expected the path .* found 7"),
+        ("tokenizer: {source: base, tokens: {<x>: {}}}", r"tokenizer\.tokens .*: not supported"),
+        (
+            "tokenizer: {source: base, pad_to_multiple_of: 64}",
+            r"tokenizer\.pad_to_multiple_of .*: not supported .* leave it out",
+        ),
+        (
+            "tokenizer: {source: left}\ntokenizer_source: base",
+            "at most one of tokenizer and tokenizer_source, found both",
+        ),
+        ("tokenizer: {sourse: base}", r"tokenizer\.sourse .* did you mean 'source'"),
         ("tokenizer_source: union", "union of tokenizers is not supported in this version"),
-        ("chat_template: auto", "chat_template .* not supported in this version"),
+        ("chat_template: auto", "commonest template of all models is not supported .* leave"),
+        ("chat_template: chatml", "chat_template .*: a new template is not supported"),
+        ("chat_template: left", "chat_template .*: a new template is not supported"),
     ],
 )
 def test_refused_features(load, line, sentence):
@@ -351,3 +378,8 @@ def test_numbers_of_models(load):
         blend("a", "b", base_model="b")
     with pytest.raises(RecipeError, match=r"exactly 1 model, found 2; base_model is an ordinary"):
         load({"merge_method": "passthrough", "models": [{"model": "a"}], "base_model": "b"})
+
+
+def test_a_method_that_only_mergekit_has_is_called_so(load):
+    with pytest.raises(RecipeError, match="'dare_ties' is a method of mergekit that this version"):
+        load({"merge_method": "dare_ties", "models": [{"model": "a"}]})
