@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pymerge import _C
+from pymerge.cache import cache_folder
 from pymerge.errors import StorageError
 from pymerge.plan import Plan
 
@@ -129,10 +130,7 @@ def _cached_share(path: Path) -> float:
 
 
 def _cache_path(folder: Path) -> Path:
-    home = os.environ.get("PYMERGE_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pymerge"
-    )
-    return Path(home) / "rates" / f"{os.stat(folder).st_dev:x}.json"
+    return cache_folder() / "rates" / f"{os.stat(folder).st_dev:x}.json"
 
 
 def _remember(folder: Path, rates: Rates) -> None:
