@@ -23,7 +23,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -58,6 +60,7 @@ class Usage:
     wall: float
     cpu: float
     peak_mib: float
+    merge_seconds: float | None = None
 
 
 @dataclass
@@ -70,10 +73,17 @@ class Program:
     def wall(self) -> float:
         return statistics.median(run.wall for run in self.runs)
 
+    @property
+    def merging(self) -> float | None:
+        """Median of the seconds that the program counts for the merge, without its start."""
+        seconds = [run.merge_seconds for run in self.runs if run.merge_seconds is not None]
+        return statistics.median(seconds) if seconds else None
+
     def as_json(self) -> dict[str, Any]:
         walls = sorted(run.wall for run in self.runs)
         return {
             "wall_median": self.wall,
+            "merge_seconds_median": self.merging,
             "wall_spread": [walls[0], walls[-1]],
             "cpu_median": statistics.median(run.cpu for run in self.runs),
             "peak_mib_max": max(run.peak_mib for run in self.runs),
@@ -105,6 +115,7 @@ class Comparison:
             "recipe": self.recipe.read_text(),
             "floor_median": self.floor,
             "floor_fraction": self.floor / self.pymerge.wall,
+            "floor_fraction_without_start": self.floor / (self.pymerge.merging or math.nan),
             "floors": self.floors,
             "pymerge": self.pymerge.as_json(),
         }
@@ -117,12 +128,19 @@ class Comparison:
         return document
 
 
+#: The first line of pymerge's summary.
+SUMMARY = re.compile(r"merged by \w+.* in ([\d.]+) s$", re.MULTILINE)
+
+
 class Failed(Exception):
     """A program failed or the outputs do not agree."""
 
 
 def run(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> Usage:
-    """Run a command to its end and account for it; its output is shown only where it fails."""
+    """Run a command to its end and account for it; its output is shown only where it fails.
+
+    Seconds of the merge alone are read from pymerge's summary, where it prints one.
+    """
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -134,11 +152,14 @@ def run(command: Sequence[str | Path], environment: dict[str, str] | None = None
         _, status, used = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read().decode(errors="replace")
         if process.returncode:
-            output.seek(0)
-            tail = output.read().decode(errors="replace")[-3000:]
+            tail = text[-3000:]
             raise Failed(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{tail}")
-    return Usage(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    told = SUMMARY.search(text)
+    merging = float(told[1]) if told else None
+    return Usage(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, merging)
 
 
 def ask(script: str, *arguments: str | Path) -> dict[str, Any]:
@@ -245,7 +266,7 @@ class Runner:
         self.settle(comparison)
         command: list[str | Path] = [
             Path(sys.executable).parent / "pymerge",
-            *("merge", comparison.recipe, out, "--quiet"),
+            *("merge", comparison.recipe, out),
             *("--memory", memory, "--threads", str(self.arguments.threads)),
         ]
         if not self.arguments.sync:
@@ -299,7 +320,19 @@ def say(text: str) -> None:
 
 
 def print_table(comparisons: Sequence[Comparison]) -> None:
-    head = ("method", "program", "wall s", "spread", "CPU s", "peak MiB", "x faster", "floor")
+    """The last two columns are floor fractions: of the whole command, and of its merge alone, which
+    leaves out the start of Python as the floor's own seconds do."""
+    head = (
+        "method",
+        "program",
+        "wall s",
+        "spread",
+        "CPU s",
+        "peak MiB",
+        "x faster",
+        "floor",
+        "merging",
+    )
     rows: list[tuple[str, ...]] = [head]
     for comparison in comparisons:
         ours = comparison.pymerge
@@ -319,12 +352,13 @@ def print_table(comparisons: Sequence[Comparison]) -> None:
                     f"{figures['peak_mib_max']:.0f}",
                     f"{peer.wall / ours.wall:.1f}" if mine and peer else "",
                     f"{comparison.floor / ours.wall:.2f}" if mine else "",
+                    f"{comparison.floor / (ours.merging or math.nan):.2f}" if mine else "",
                 )
             )
         floors = [floor["seconds"] for floor in comparison.floors]
         spread = f"{min(floors):.2f}-{max(floors):.2f}"
         cpu = statistics.median(floor["cpu"] for floor in comparison.floors)
-        cells = (f"{comparison.floor:.2f}", spread, f"{cpu:.2f}", *[""] * 3)
+        cells = (f"{comparison.floor:.2f}", spread, f"{cpu:.2f}", *[""] * 4)
         rows.append((comparison.method, "floor", *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
