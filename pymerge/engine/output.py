@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,26 +33,16 @@ from pymerge import _C
 from pymerge.checkpoint import (
     INDEX_NAME,
     MANIFEST_NAME,
-    FileRecord,
     ShardLayout,
     index_json,
-    read_manifest,
 )
+from pymerge.engine.folder import Folder
 from pymerge.engine.journal import Journal, Record
-from pymerge.errors import CheckpointError, PlanError, StorageError
+from pymerge.errors import PlanError, StorageError
 from pymerge.plan import Job, Plan
 
-PARTIAL = ".partial"
 SYNC_SECONDS = 10.0
 SYNC_BYTES = 2 << 30
-#: Weight files of any tool: a folder that holds one is somebody's model.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-#: Other files that only a model has.
-_BESIDE_WEIGHTS = (INDEX_NAME, "config.json", MANIFEST_NAME)
-#: What a loader would take for a part of the model of a folder, and an overwriting merge removes.
-_MODEL_FILE = re.compile(r"(pytorch_)?model([-.].+)?\.(safetensors|bin)(\.index\.json)?")
-#: What an unfinished merge calls its shards.
-_PARTIAL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors\.partial")
 
 
 class Output:
@@ -65,17 +54,17 @@ class Output:
         self.sync = sync
         self.records: dict[str, Record] = {}
         self._drop_cache = drop_cache
-        self._created_folders: list[Path] = []
+        self._place = Folder(folder, plan, sync=sync)
         self._lock = threading.Lock()
         self._syncing = threading.Lock()
         self._sync_failed = False
         self._unsynced = 0
         self._last_sync = time.monotonic()
-        self._refuse_sources()
+        self._place.refuse_sources()
         try:
-            self._make_folder()
+            self._place.make()
         except OSError as error:
-            self._remove_folders()
+            self._place.remove_made()
             raise StorageError(f"cannot create the output folder {folder}: {error}") from error
         self._journal = Journal(folder)
         self._shards: list[_C.ShardFile | None] = [None] * len(plan.shards)
@@ -162,18 +151,18 @@ class Output:
         """Write everything beside the weights, then the commit mark."""
         with self._storage_errors():
             for name, content in files.items():
-                self._replace(name, content)
-            self._replace(MANIFEST_NAME, manifest)
-            self._sync_folders_of(files)
+                self._place.replace(name, content)
+            self._place.replace(MANIFEST_NAME, manifest)
+            self._place.sync_names_of(files)
             if len(self.plan.shards) == 1:
                 layout = self.plan.shards[0]
-                if self._partial(layout).exists():
-                    os.replace(self._partial(layout), self.folder / layout.file_name)
+                if self._place.partial(layout).exists():
+                    os.replace(self._place.partial(layout), self.folder / layout.file_name)
             else:
-                self._replace(INDEX_NAME, index_json(self.plan.shards))
-            self._sync_folder()
+                self._place.replace(INDEX_NAME, index_json(self.plan.shards))
+            self._place.sync_names()
             self._journal.remove()
-            self._sync_folder()
+            self._place.sync_names()
 
     def close(self) -> None:
         """Release files and lock; an unfinished state stays resumable."""
@@ -187,60 +176,6 @@ class Output:
                 with suppress(OSError):
                     self._journal.distrust()
         self._journal.close()
-
-    def _make_folder(self) -> None:
-        """Create the folder and those above it that are missing, each durable in its parent."""
-        missing = [self.folder] if not self.folder.exists() else []
-        while missing and not missing[-1].parent.exists():
-            missing.append(missing[-1].parent)
-        self._created_folders = missing
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.sync:
-            for path in reversed(missing):
-                with suppress(PermissionError):  # a folder that may be written but not read
-                    _C.fsync_directory(str(path.parent))
-
-    def _refuse_sources(self) -> None:
-        here = Path(os.path.realpath(self.folder))
-        for reference, checkpoint in self.plan.checkpoints.items():
-            folders = {header.path.parent.resolve() for header in checkpoint.headers}
-            folders |= {header.path.resolve().parent for header in checkpoint.headers}
-            if checkpoint.folder is not None:
-                folders.add(checkpoint.folder.resolve())
-            if here in folders:
-                raise PlanError(
-                    f"the output folder {self.folder} holds the input model {reference!r}; "
-                    "choose another output folder"
-                )
-
-    def _strangers(self, resumes: bool, commits: bool) -> list[str]:
-        """Names of files in the folder that belong to a model which this merge did not write.
-
-        ``commits``: the run that is continued had begun to write what lies beside the weights.
-        """
-        ours: set[str] = set()
-        if resumes:
-            shards = enumerate(self.plan.shards)
-            ours |= {layout.file_name for number, layout in shards if self._is_complete(number)}
-        if commits:
-            ours |= set(_BESIDE_WEIGHTS)
-        return sorted(
-            name
-            for name in os.listdir(self.folder)
-            if name not in ours and (name.endswith(_WEIGHTS) or name in _BESIDE_WEIGHTS)
-        )
-
-    def _refuse(self, strangers: list[str], resumes: bool) -> None:
-        names = f"{', '.join(strangers[:3])}{', …' if len(strangers) > 3 else ''}"
-        if resumes:
-            raise PlanError(
-                f"{self.folder} holds an unfinished merge and files of another model ({names}); "
-                "move those away, or give --overwrite to continue without them"
-            )
-        raise PlanError(
-            f"the output folder {self.folder} holds a model already ({names}); choose another "
-            "folder or give --overwrite"
-        )
 
     def _open(self, overwrite: bool) -> None:
         found = self._journal.read()
@@ -256,31 +191,31 @@ class Output:
                     self._recall(found.records)
                 resumes = bool(self.records)
                 written = all(job.name in found.records for job in self.plan.jobs)
-                strangers = self._strangers(resumes, resumes and written)
+                complete = [s for n, s in enumerate(self.plan.shards) if self._is_complete(n)]
+                strangers = self._place.strangers(complete, commits=resumes and written)
                 if strangers and not overwrite:
-                    self._refuse(strangers, resumes)
-                self._require_space(resumes, overwrite)
+                    self._place.refuse(strangers, resumes)
+                self._place.require_space(resumes, overwrite)
                 # From here on the journal must not speak of a file that the next steps touch.
                 self._journal.begin(self.plan.hash, self.records, found.durable)
         except (PlanError, StorageError):
             if found.plan_hash is None:
                 self._abandon(())
             elif of_this_plan and not self.records:
-                self._abandon(self._partials())
+                self._abandon(self._place.partials())
             raise
         try:
             with self._storage_errors():
-                self._sync_folder()
+                self._place.sync_names()
                 if resumes:
-                    for name in filter(_MODEL_FILE.fullmatch, strangers):
-                        (self.folder / name).unlink()
+                    self._place.remove_loadable(strangers)
                 else:
-                    self._discard(overwrite)
+                    self._place.discard(overwrite)
                 self._open_shards()
-                self._sync_folder()
+                self._place.sync_names()
         except StorageError:
             if not resumes:
-                self._abandon(self._partials())
+                self._abandon(self._place.partials())
             raise
 
     def _recall(self, records: Mapping[str, Record]) -> None:
@@ -289,7 +224,7 @@ class Output:
             job.name: records[job.name] for job in self.plan.jobs if job.name in records
         }
         for number, layout in enumerate(self.plan.shards):
-            if not self._is_complete(number) and not self._is_begun(layout):
+            if not self._is_complete(number) and not self._place.is_begun(layout):
                 for name in layout.tensors:
                     self.records.pop(name, None)
 
@@ -300,8 +235,8 @@ class Output:
                 if self._is_complete(number):
                     self._sync_complete(layout)
                     continue
-                path = self._partial(layout)
-                begun = self._is_begun(layout)
+                path = self._place.partial(layout)
+                begun = self._place.is_begun(layout)
                 if not begun:
                     created.append(path)
                 self._shards[number] = _C.ShardFile(
@@ -322,98 +257,25 @@ class Output:
         finally:
             shard.close()
 
-    def _partial(self, layout: ShardLayout) -> Path:
-        return self.folder / (layout.file_name + PARTIAL)
-
-    def _partials(self) -> list[Path]:
-        return [self._partial(layout) for layout in self.plan.shards]
-
-    def _is_begun(self, layout: ShardLayout) -> bool:
-        """Whether the run that is being continued created a shard and left it incomplete."""
-        path = self._partial(layout)
-        return path.exists() and path.stat().st_size == layout.num_bytes
-
     def _is_complete(self, number: int) -> bool:
         """Whether a shard was completed and renamed by the run that is being continued."""
         layout = self.plan.shards[number]
         path = self.folder / layout.file_name
         if not self.records or any(name not in self.records for name in layout.tensors):
             return False
-        if self._partial(layout).exists() or not path.exists():
+        if self._place.partial(layout).exists() or not path.exists():
             return False
         if path.stat().st_size != layout.num_bytes:
             return False
         with path.open("rb") as file:
             return file.read(len(layout.header)) == layout.header
 
-    def _require_space(self, resumes: bool, overwrite: bool) -> None:
-        """:raises StorageError: less is free than the output and 1 % need."""
-        if resumes:
-            missing = sum(self._missing(layout) for layout in self.plan.shards)
-        else:
-            missing = self.plan.bytes_written - sum(map(_allocated, self._replaced(overwrite)))
-        free = _C.free_bytes(str(self.folder))
-        needed = missing + missing // 100
-        if needed > free:
-            raise StorageError(
-                f"not enough space in {self.folder}: the output needs {needed:,} bytes, {free:,} "
-                f"are free, {needed - free:,} are missing; free that much or choose another folder"
-            )
-
-    def _missing(self, layout: ShardLayout) -> int:
-        """Bytes of a shard that the device has not given yet."""
-        path = self.folder / layout.file_name
-        held = _allocated(path) + _allocated(path.with_name(path.name + PARTIAL))
-        return max(0, layout.num_bytes - held)
-
-    def _replaced(self, overwrite: bool) -> list[Path]:
-        """The weights of a previous output: of an unfinished one, or of any to overwrite."""
-        return [
-            path
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and (
-                _PARTIAL_FILE.fullmatch(path.name)
-                or (overwrite and _MODEL_FILE.fullmatch(path.name))
-            )
-        ]
-
-    def _discard(self, overwrite: bool) -> None:
-        """Remove a previous output: its commit mark first, its list of files last."""
-        if overwrite:
-            (self.folder / INDEX_NAME).unlink(missing_ok=True)
-        for path in self._replaced(overwrite):
-            path.unlink()
-        if not overwrite:
-            return
-        for path in self._written_before():
-            path.unlink()
-        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
-
-    def _written_before(self) -> list[Path]:
-        """Files beside the weights that a previous merge wrote and nobody changed since."""
-        try:
-            files = read_manifest(self.folder).files
-        except CheckpointError:
-            return []
-        paths = {self.folder / name: record for name, record in files.items()}
-        return [
-            path
-            for path, record in paths.items()
-            if path.is_file() and FileRecord.of_file(path) == record
-        ]
-
     def _abandon(self, partials: Iterable[Path]) -> None:
         """Leave nothing behind of a run that could not begin; never hides why it could not."""
         _remove(partials)
         with suppress(OSError):
             self._journal.remove()
-        self._remove_folders()
-
-    def _remove_folders(self) -> None:
-        with suppress(OSError):  # somebody put a file there meanwhile: it is theirs
-            for folder in self._created_folders:
-                folder.rmdir()
+        self._place.remove_made()
 
     def _complete(self, number: int) -> None:
         """Header, sync, length bytes, sync; rename where an index will be the commit mark."""
@@ -430,31 +292,8 @@ class Output:
                     self._shards[number] = None
                 shard.close()
             if len(self.plan.shards) > 1:
-                os.replace(self._partial(layout), self.folder / layout.file_name)
-                self._sync_folder()
-
-    def _replace(self, name: str, content: bytes) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + PARTIAL)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            if self.sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-    def _sync_folder(self) -> None:
-        if self.sync:
-            _C.fsync_directory(str(self.folder))
-
-    def _sync_folders_of(self, names: Iterable[str]) -> None:
-        """Make the names of files below the folder durable, the deepest first."""
-        if not self.sync:
-            return
-        folders = {parent for name in names for parent in Path(name).parents} | {Path()}
-        for folder in sorted(folders, key=lambda each: len(each.parts), reverse=True):
-            _C.fsync_directory(str(self.folder / folder))
+                os.replace(self._place.partial(layout), self.folder / layout.file_name)
+                self._place.sync_names()
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -479,11 +318,6 @@ class Output:
             f"writing to {self.folder} failed: {error}; check the device, then run the same "
             "command to continue"
         )
-
-
-def _allocated(path: Path) -> int:
-    """Bytes of the device that a file holds; 0 where there is none."""
-    return path.stat().st_blocks * 512 if path.exists() else 0
 
 
 def _remove(paths: Iterable[Path]) -> None:
