@@ -353,6 +353,7 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except Exception as error:
         _show_usage_error(error)
+        _show_missing_extension(error)
         raise
 
 
@@ -362,6 +363,17 @@ def _show_usage_error(error: Any) -> None:
     if show is not None and hasattr(error, "exit_code"):
         show()
         sys.exit(error.exit_code)
+
+
+def _show_missing_extension(error: Exception) -> None:
+    """An installation whose native part cannot be loaded: the doctor knows why."""
+    if not isinstance(error, ImportError) or _debug:
+        return
+    from pymerge.doctor import examine
+
+    problems = examine().problems
+    if problems:
+        _fail(f"error: {'; '.join(problems)}", PymergeError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

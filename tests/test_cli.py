@@ -222,3 +222,16 @@ def test_interrupted_command_says_so_and_exits_with_130(monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_missing_extension_is_one_message(tmp_path):
+    """Every command of an installation whose native part does not load says so, and why."""
+    hide = "import sys; sys.modules['pymerge._C'] = None; from pymerge import cli; "
+    for arguments in (["methods"], ["plan", "recipe.yml"], ["inspect", "model"]):
+        call = f"{hide}sys.argv = {['pymerge', *arguments]!r}; cli.main()"
+        done = subprocess.run(
+            [sys.executable, "-c", call], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert "pymerge._C" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -12,11 +12,10 @@ from pymerge.checkpoint.manifest import (
     read_manifest,
 )
 from pymerge.checkpoint.sidefiles import companion_files, skipped_files, tokenizer_files
-from pymerge.checkpoint.source import HEAD_ENDINGS, Checkpoint, open_checkpoint
+from pymerge.checkpoint.source import Checkpoint, is_head, open_checkpoint
 from pymerge.checkpoint.verify import VerifyReport, verify_folder
 
 __all__ = [
-    "HEAD_ENDINGS",
     "INDEX_NAME",
     "MANIFEST_NAME",
     "Checkpoint",
@@ -30,6 +29,7 @@ __all__ = [
     "companion_files",
     "config_json",
     "index_json",
+    "is_head",
     "layer_count",
     "manifest_json",
     "open_checkpoint",

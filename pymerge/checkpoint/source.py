@@ -25,8 +25,12 @@ _TRAINER_FILES = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|adapter_model|random_states)[\w.-]*"
 )
 _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
-#: How the tensor of an output head ends, in the families that name it otherwise too.
-HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the output head, which a model may tie to its embedding."""
+    return name == "output.weight" or name.endswith(_HEADS)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Checkpoint:
         architectures = (self.config or {}).get("architectures")
         names = architectures if isinstance(architectures, list) else [architectures]
         is_causal = any("CausalLM" in str(name) or "LMHead" in str(name) for name in names)
-        return is_causal and not any(name.endswith(HEAD_ENDINGS) for name in self.tensors)
+        return is_causal and not any(map(is_head, self.tensors))
 
 
 def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint:

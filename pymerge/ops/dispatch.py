@@ -14,8 +14,9 @@ from pymerge.ops.table import OPS
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = "reference"
 #: Backends by name, in order of preference. Each answers ``why_not(op)`` with None or a sentence.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, REFERENCE: reference}
 
 _logged: set[tuple[str, str]] = set()
 
@@ -44,7 +45,7 @@ def choose(op: str, asked: str | None = None) -> Choice:
 
     ``asked``, or else the environment variable PYMERGE_BACKEND, names one that must be used:
     BackendError says why it cannot be. Otherwise the first that can is taken and what was passed
-    over is logged once.
+    over is logged once; the reference, far too slow for a merge, must be asked for.
     """
     asked = asked or os.environ.get("PYMERGE_BACKEND") or None
     if asked is not None:
@@ -54,6 +55,8 @@ def choose(op: str, asked: str | None = None) -> Choice:
         return Choice(asked, {})
     passed_over: dict[str, str] = {}
     for backend in BACKENDS:
+        if backend == REFERENCE:
+            continue
         problem = why_not(backend, op)
         if problem is None:
             return Choice(backend, passed_over)
@@ -62,7 +65,10 @@ def choose(op: str, asked: str | None = None) -> Choice:
             _logged.add((backend, op))
             logger.info("backend %s cannot run %s: %s", backend, op, problem)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-    raise BackendError(f"no backend can run {op}: {reasons}")
+    raise BackendError(
+        f"no backend can run {op}: {reasons}; the backend {REFERENCE!r} can, very slowly, where it "
+        "is asked for by name"
+    )
 
 
 def function(op: str, backend: str) -> Callable[..., Any]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pymerge.checkpoint import Checkpoint, TensorEntry, layer_count
+from pymerge.checkpoint import Checkpoint, TensorEntry, is_head, layer_count
 
 _NUMBERED = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?P<index>\d+)\.(?P<rest>.+)$")
-_HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _BEFORE_LAYERS = re.compile(r"embed|wte|wpe|position|token_type|patch", re.IGNORECASE)
 
@@ -57,11 +56,6 @@ def find_stack(checkpoint: Checkpoint) -> LayerStack | None:
 def is_before_layers(name: str) -> bool:
     """Whether a tensor outside the layers is an input of the first layer (an embedding)."""
     return _BEFORE_LAYERS.search(name) is not None and not is_head(name)
-
-
-def is_head(name: str) -> bool:
-    """Whether a tensor is the output head, which a model may tie to its embedding."""
-    return name == "output.weight" or name.endswith(_HEADS)
 
 
 def embedding_of(checkpoint: Checkpoint) -> TensorEntry | None:

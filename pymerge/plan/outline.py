@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pymerge.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint import Checkpoint, TensorEntry, is_head
 from pymerge.errors import PlanError
-from pymerge.plan.layers import LayerStack, embedding_of, is_before_layers, is_head
+from pymerge.plan.layers import LayerStack, embedding_of, is_before_layers
 from pymerge.recipe import ModelRef, OutputSlice, Recipe, SliceSource, position
 
 

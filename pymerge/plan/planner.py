@@ -19,7 +19,6 @@ from pymerge.errors import CheckpointError, PlanError
 from pymerge.formats import Format, promote
 from pymerge.methods import get_method
 from pymerge.methods.protocol import Method
-from pymerge.methods.spec import ParameterValue
 from pymerge.ops.opset import OpSet, choose_ops
 from pymerge.plan.layers import find_stack
 from pymerge.plan.memory import cut_memory
@@ -335,6 +334,3 @@ def _config(
     if donor.override_architecture is not None:
         config["architectures"] = [donor.override_architecture]
     return config
-
-
-__all__ = ["SHARD_BYTES", "OpSet", "ParameterValue", "make_plan"]

@@ -252,5 +252,12 @@ def test_an_instruction_set_of_the_environment_that_is_missing_stops_the_first_u
 def test_a_missing_extension_stops_the_first_use_and_not_the_import() -> None:
     hidden = "import sys; sys.modules['pymerge._C'] = None"
     assert "pymerge._C cannot be imported: import of pymerge._C halted" in run_python(hidden + USE)
-    said = run_python(hidden + "\nfrom pymerge import ops\nprint(ops.choose('convert'))")
-    assert said.startswith("Choice(backend='reference', passed_over={'cpu': ")
+    choose = hidden + "\nfrom pymerge import ops\nprint(ops.choose('convert', {!r}))"
+    assert run_python(choose.format("reference")) == "Choice(backend='reference', passed_over={})"
+
+
+def test_the_reference_is_never_chosen_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
+    monkeypatch.setattr(cpu, "why_not", lambda op: "it is broken")
+    with pytest.raises(BackendError, match=r"cpu: it is broken; the backend 'reference' can"):
+        ops.choose("convert")
