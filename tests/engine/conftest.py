@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
+from pymerge import api
+from pymerge.engine.journal import Journal, Record
+from pymerge.engine.output import Output
 
 JOURNAL = ".pymerge-journal"
 COMMAND = Path(sys.executable).with_name("pymerge")
@@ -258,3 +264,72 @@ def child() -> Callable[[Callable[[], None]], int]:
         return os.waitstatus_to_exitcode(status)
 
     return run
+
+
+class Unplugged(Exception):
+    """The interruption of these tests."""
+
+
+@contextmanager
+def _stop_after(num_tensors: int) -> Iterator[None]:
+    """Let the merge inside fail once so many tensors are in the journal."""
+    add, left = Journal.add, [num_tensors]
+
+    def counted(self: Journal, name: str, record: Record) -> None:
+        if left[0] == 0:
+            raise Unplugged
+        left[0] -= 1
+        add(self, name, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", counted)
+        with pytest.raises(Unplugged):
+            yield
+
+
+@pytest.fixture
+def stop_after() -> Any:
+    """``with stop_after(n):`` lets the merge inside fail once n tensors are in the journal."""
+    return _stop_after
+
+
+@contextmanager
+def _unfinished_commit() -> Iterator[None]:
+    """Let the merge inside fail once all tensors are written."""
+
+    def fail(self: Output, *args: Any) -> None:
+        raise Unplugged
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "commit", fail)
+        with pytest.raises(Unplugged):
+            yield
+
+
+@pytest.fixture
+def unfinished_commit() -> Any:
+    """``with unfinished_commit():`` lets the merge inside fail where it would commit."""
+    return _unfinished_commit
+
+
+@pytest.fixture
+def stopped(small: Any, tmp_path: Path, digests: Any) -> Any:
+    """A merge stopped after five tensors: (plan, folder, digests of the whole)."""
+    plan = api.plan(small.recipe("ties"), memory=160 << 20, threads=1)
+    api.merge(plan, tmp_path / "whole")
+    with _stop_after(5):
+        api.merge(plan, tmp_path / "out")
+    lines = (tmp_path / "out" / JOURNAL).read_text().splitlines()
+    assert len([line for line in lines if "tensor" in line]) == 5
+    return plan, tmp_path / "out", digests(tmp_path / "whole")
+
+
+@pytest.fixture
+def copied(small: Any, tmp_path: Path) -> dict[str, Any]:
+    """A recipe over private copies of the models, which a test may change."""
+    folders = []
+    for path in (small.base, *small.tuned):
+        shutil.copytree(path, tmp_path / "models" / path.name)
+        folders.append(str(tmp_path / "models" / path.name))
+    models = [{"model": folder, "parameters": {"weight": 1.0}} for folder in folders]
+    return {"merge_method": "linear", "models": models}
