@@ -93,7 +93,7 @@ $(PEERS)/.installed: bench/requirements-peers.txt constraints.txt
 # __cxa_throw in.
 asan: dev
 	rm -rf $(ASAN)/site && mkdir -p $(ASAN)/site
-	cp -r pymerge $(ASAN)/site/pymerge && rm -f $(ASAN)/site/pymerge/_C*.so
+	cp -r pymerge $(ASAN)/site/pymerge && rm -f $(ASAN)/site/pymerge/_C*.so $(ASAN)/site/pymerge/_cuda*.so
 	$(BIN)/cmake -S . -B $(ASAN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
 	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYMERGE_SANITIZE=ON -DPYMERGE_OUTPUT_DIR="$(CURDIR)/$(ASAN)/site/pymerge" \
 	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
@@ -106,7 +106,7 @@ doctor: dev
 	$(BIN)/pymerge doctor
 
 clean:
-	rm -rf build demo *.egg-info pymerge/_C*.so $(VENV)/.built
+	rm -rf build demo *.egg-info pymerge/_C*.so pymerge/_cuda*.so $(VENV)/.built
 
 distclean: clean
 	rm -rf $(VENV) $(PEERS)

@@ -1,4 +1,6 @@
-"""Builds the extension ``pymerge._C`` by driving CMake; torch is never imported here.
+"""Builds the extensions by driving CMake once for all of them; torch is never imported here.
+
+``pymerge._cuda`` is optional: CMake builds it where it finds a CUDA compiler.
 
 Environment: ``PYMERGE_CMAKE_ARGS`` is appended to the configure command (``make asan`` uses it).
 """
@@ -16,10 +18,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+FIRST = "pymerge._C"
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != FIRST:
+            return
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
@@ -52,6 +57,10 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("pymerge._C", sources=[])],
+    ext_modules=[
+        Extension(FIRST, sources=[]),
+        Extension("pymerge._cuda_emulated", sources=[]),
+        Extension("pymerge._cuda", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -49,8 +49,48 @@ DIFFERENCE = 0.02
 #: Largest deviation of the ratio of the updates' norms from 1: neither of the two changes it, but a
 #: model, a weight, a trim or a sign election that differs does.
 UPDATE = 0.01
-#: mergekit sorts every tensor for TIES; one measurement of minutes needs no repeat.
-SLOW_PEER_METHODS = ("ties",)
+#: mergekit takes minutes for these (it sorts every tensor); one measurement needs no repeat.
+SLOW_PEER_METHODS = ("ties", "breadcrumbs_ties", "della", "dare_ties", "sce")
+#: Which elements survive is drawn at random: two merges agree in the size of their updates only.
+RANDOM_METHODS = ("dare_ties", "dare_linear", "della", "della_linear")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The recipe of a method: parameters of each model and of all, and who takes part.
+
+    ``base``: ``apart`` where deltas are taken against it, ``model`` where it is one of the models,
+    ``none`` where the recipe names none. ``num_models`` bounds the fine-tuned models that take
+    part.
+    """
+
+    own: str = ""
+    shared: str = ""
+    base: str = "apart"
+    num_models: int | None = None
+
+
+SETUPS = {
+    "linear": Setup("weight: 1.0", "normalize: true", "none"),
+    "task_arithmetic": Setup("weight: 0.5", "lambda: 0.6"),
+    "ties": Setup("weight: 1.0, density: 0.3", "normalize: true"),
+    "dare_linear": Setup("weight: 0.5, density: 0.3"),
+    "dare_ties": Setup("weight: 0.5, density: 0.3"),
+    "della": Setup("weight: 0.5, density: 0.5, epsilon: 0.1"),
+    "della_linear": Setup("weight: 0.5, density: 0.5, epsilon: 0.1"),
+    "breadcrumbs": Setup("weight: 0.5, density: 0.3, gamma: 0.01"),
+    "breadcrumbs_ties": Setup("weight: 0.5, density: 0.3, gamma: 0.01"),
+    "sce": Setup(shared="select_topk: 0.2"),
+    "slerp": Setup(shared="t: 0.4", base="model", num_models=1),
+    "nuslerp": Setup("weight: 0.5", base="none", num_models=2),
+    "multislerp": Setup("weight: 0.5", base="none"),
+    "karcher": Setup(base="none"),
+    "model_stock": Setup(),
+    "nearswap": Setup(shared="t: 0.001", num_models=1),
+    "arcee_fusion": Setup(num_models=1),
+    "ram": Setup(),
+    "ramplus_tl": Setup(),
+}
 
 
 @dataclass(frozen=True)
@@ -178,22 +218,23 @@ def write_recipe(method: str, work: Path, num_models: int, dtype: str) -> Compar
     tuned = [work / f"tuned-{number}" for number in range(1, num_models + 1)]
     lines = [f"merge_method: {method.partition('-')[0]}"]
     models: Sequence[Path | str]
-    if method == "linear":
-        inputs = tuned if num_models > 1 else [base, *tuned]
-        models, own, shared = inputs, "weight: 1.0", "normalize: true"
-    elif method == "linear-self":
+    if method == "linear-self":
         # A recipe names a model once; the same folder in other words is read once all the same.
+        setup = Setup("weight: 0.5", "normalize: true", "none")
         models, inputs = [base, f"{base}/."], [base]
-        own, shared = "weight: 0.5", "normalize: true"
     else:
-        models, inputs = tuned, [base, *tuned]
-        lines.append(f"base_model: {base}")
-        own, shared = "weight: 0.5", "lambda: 0.6"
-        if method == "ties":
-            own, shared = "weight: 1.0, density: 0.3", "normalize: true"
+        setup = SETUPS[method]
+        chosen = tuned[: setup.num_models]
+        alone = setup.base == "none" and len(chosen) == 1
+        models = inputs = [base, *chosen] if alone or setup.base == "model" else chosen
+        if setup.base != "none":
+            lines.append(f"base_model: {base}")
+            inputs = [base, *chosen]
+    own = f", parameters: {{{setup.own}}}" if setup.own else ""
     lines.append("models:")
-    lines += [f"  - {{model: {model}, parameters: {{{own}}}}}" for model in models]
-    lines.append(f"parameters: {{{shared}}}")
+    lines += [f"  - {{model: {model}{own}}}" for model in models]
+    if setup.shared:
+        lines.append(f"parameters: {{{setup.shared}}}")
     lines.append(f"dtype: {dtype}")
     if dtype != "bfloat16":
         lines.append("out_dtype: bfloat16")
@@ -226,11 +267,13 @@ def drop_cache(files: Sequence[Path]) -> None:
         os.close(descriptor)
 
 
-def agree(report: dict[str, Any]) -> bool:
+def agree(method: str, report: dict[str, Any]) -> bool:
     """Whether two outputs are the same merge, by what agreement.py reports."""
     if not report["same_layout"]:
         return False
     ratio: float | None = report["update_ratio"]
+    if method in RANDOM_METHODS:
+        return ratio is not None and abs(ratio - 1) <= UPDATE
     difference: float = report["largest_relative_difference"]
     return difference <= DIFFERENCE and (ratio is None or abs(ratio - 1) <= UPDATE)
 
@@ -292,7 +335,7 @@ class Runner:
             self.mergekit(comparison)
         if number == 0 and peer:
             comparison.agreement = ask("agreement.py", self.ours, self.theirs, self.work / "base")
-            if not agree(comparison.agreement):
+            if not agree(method, comparison.agreement):
                 raise Failed(f"{method}: the outputs do not agree: {comparison.agreement}")
         if number == 0 and self.arguments.tight_memory:
             self.tight(comparison)

@@ -1,4 +1,4 @@
-"""Kernel benchmarks: `make bench`, or `make bench OP=axpy_n` for one op.
+"""Kernel benchmarks: `make bench`, or `make bench OP=axpy_n` for one op; `ops` means all.
 
 Gate first: the ops' tests run, and on a red one no figure is printed. Each module named in `SUITES`
 has ``run(names) -> list[dict]``, which times the named ops (all where there are none) on buffers
@@ -53,7 +53,7 @@ def print_table(cases: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the kernels.")
     parser.add_argument("op", nargs="*", help="only these ops")
-    names = parser.parse_args().op
+    names = [name for name in parser.parse_args().op if name != "ops"]
     machine = machine_line()
     cases: list[dict[str, Any]] = []
     for suite, tests in SUITES.items():

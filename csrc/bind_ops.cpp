@@ -1,55 +1,46 @@
-// Binds the ops of pymerge/ops.h: addresses come as integers, pymerge/ops/cpu.py has checked the arguments
-// and says what is wrong with them; what is checked again here keeps a wrong call from touching foreign memory.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// Binds selection, weighted sums and the disjoint merge; what the bindings share.
+#include "bind_ops.h"
 
-#include <memory>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "pymerge/ops.h"
-
-namespace py = pybind11;
-
-namespace {
-
-// A pymerge.ops.View: address, format code, number of elements.
-using View = std::tuple<uintptr_t, int32_t, size_t>;
+namespace binding {
 
 pymerge::Input input(const View& view) {
-    return {reinterpret_cast<const void*>(std::get<0>(view)), static_cast<pymerge::Format>(std::get<1>(view))};
+    return {pointer<const void>(std::get<0>(view)), static_cast<pymerge::Format>(std::get<1>(view))};
 }
 
 pymerge::Output output(const View& view) {
-    return {reinterpret_cast<void*>(std::get<0>(view)), static_cast<pymerge::Format>(std::get<1>(view))};
+    return {pointer<void>(std::get<0>(view)), static_cast<pymerge::Format>(std::get<1>(view))};
 }
 
 pymerge::Input optional_input(const std::optional<View>& view) { return view ? input(*view) : pymerge::Input{}; }
 
-std::vector<pymerge::Input> inputs(const std::vector<View>& views) {
-    std::vector<pymerge::Input> all;
-    all.reserve(views.size());
-    for (const View& view : views) all.push_back(input(view));
+std::vector<pymerge::Keep> keeps(const char* op, const std::vector<KeepTuple>& tuples, size_t num_models) {
+    require_count(op, "keeps", tuples.size(), num_models);
+    std::vector<pymerge::Keep> all;
+    all.reserve(tuples.size());
+    for (const auto& [threshold, cutoff, ceiling, ceiling_cutoff, draws, seed] : tuples) {
+        all.push_back({threshold, ceiling, cutoff, ceiling_cutoff, draws, seed});
+    }
     return all;
 }
 
-pymerge::Models models(const std::optional<View>& base, const std::vector<pymerge::Input>& all, size_t num) {
-    return {optional_input(base), all.data(), all.size(), num};
+ModelSet::ModelSet(const char* op, const std::optional<View>& base, const Views& views, size_t num, size_t num_blocks) {
+    require_equal_counts(op, num, views, base);
+    inputs_.reserve(views.size());
+    for (const View& view : views) inputs_.push_back(input(view));
+    if (num_blocks) workspace_ = scratch<float>(num_blocks * views.size() * pymerge::kWorkspaceFloats);
+    models = {optional_input(base), inputs_.data(), inputs_.size(), num, workspace_.get()};
 }
 
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+namespace {
 
 std::string argument_name(int32_t argument) {
     if (argument == -1) return "the base";
     if (argument == -2) return "the output";
+    if (argument == -3) return "the score";
     return "model " + std::to_string(argument);
 }
+
+}  // namespace
 
 void raise_unless_ok(const char* op, const pymerge::Status& status) {
     using pymerge::StatusCode;
@@ -71,29 +62,24 @@ void raise_unless_ok(const char* op, const pymerge::Status& status) {
     }
 }
 
-// Runs call() without the GIL.
-template <class Call>
-void run(const char* op, Call call) {
-    pymerge::Status status;
-    {
-        py::gil_scoped_release release;
-        status = call();
-    }
-    raise_unless_ok(op, status);
-}
-
 void require_count(const char* op, const char* what, size_t found, size_t expected) {
     if (found == expected) return;
     throw std::invalid_argument(std::string(op) + ": expected " + std::to_string(expected) + " " + what + ", found " +
                                 std::to_string(found));
 }
 
-// Every view has `expected` elements.
-void require_equal_counts(const char* op, size_t expected, const std::vector<View>& views,
-                          const std::optional<View>& base = std::nullopt) {
-    for (const View& view : views) require_count(op, "elements in every view", std::get<2>(view), expected);
-    if (base) require_count(op, "elements in the base", std::get<2>(*base), expected);
+void require_memory(const char* op, const char* what, uintptr_t address, size_t count) {
+    if (address || !count) return;
+    throw std::invalid_argument(std::string(op) + ": expected memory for " + std::to_string(count) + " " + what +
+                                ", found address 0");
 }
+
+void require_equal_counts(const char* op, size_t expected, const Views& views, const std::optional<View>& base) {
+    for (const View& view : views) require_count(op, "elements in every view", count_of(view), expected);
+    if (base) require_count(op, "elements in the base", count_of(*base), expected);
+}
+
+namespace {
 
 // A sample of every stride-th group; their product is the period of the sample.
 void require_sampling(const char* op, uint64_t group, uint64_t stride) {
@@ -102,26 +88,20 @@ void require_sampling(const char* op, uint64_t group, uint64_t stride) {
                                 "2**63, found " + std::to_string(group) + " and " + std::to_string(stride));
 }
 
-// The address of an array that the caller allocated: it must be there unless nothing is stored in it.
-void require_memory(const char* op, const char* what, uintptr_t address, size_t num) {
-    if (address || !num) return;
-    throw std::invalid_argument(std::string(op) + ": expected memory for " + std::to_string(num) + " " + what +
-                                ", found address 0");
+uint64_t axpy_n(const View& out, const std::optional<View>& base, const Views& views, const Numbers& weights,
+                float divisor, float scale, bool add_base) {
+    require_count("axpy_n", "weights", weights.size(), views.size());
+    const ModelSet set("axpy_n", base, views, count_of(out), 0);
+    const pymerge::AxpyN op{set.models, weights.data(), divisor, scale, add_base, output(out)};
+    return run_write("axpy_n", pymerge::axpy_n, op);
 }
 
-struct AlignedDelete {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
-uint64_t axpy_n(const View& out, const std::optional<View>& base, const std::vector<View>& views,
-                const std::vector<float>& weights, float divisor, float scale) {
-    require_count("axpy_n", "weights", weights.size(), views.size());
-    require_equal_counts("axpy_n", std::get<2>(out), views, base);
-    const auto all = inputs(views);
-    const pymerge::AxpyN op{models(base, all, std::get<2>(out)), weights.data(), divisor, scale, output(out)};
-    uint64_t num_nonfinite = 0;
-    run("axpy_n", [&] { return pymerge::axpy_n(op, &num_nonfinite); });
-    return num_nonfinite;
+uint64_t axpy_grid(const View& out, const std::optional<View>& base, const Views& views, uintptr_t weights,
+                   size_t columns, bool along_rows) {
+    require_memory("axpy_grid", "weights", weights, count_of(out));
+    const ModelSet set("axpy_grid", base, views, count_of(out), 0);
+    const pymerge::AxpyGrid op{set.models, pointer<const float>(weights), columns, along_rows, output(out)};
+    return run_write("axpy_grid", pymerge::axpy_grid, op);
 }
 
 uint64_t num_sampled(uint64_t start, uint64_t num, uint64_t group, uint64_t stride) {
@@ -129,89 +109,120 @@ uint64_t num_sampled(uint64_t start, uint64_t num, uint64_t group, uint64_t stri
     return pymerge::num_sampled(start, num, group, stride);
 }
 
-void magnitude_sample(const std::optional<View>& base, const std::vector<View>& views, size_t num, uint64_t start,
-                      uint64_t group, uint64_t stride, uintptr_t keys, size_t num_sampled) {
-    require_equal_counts("magnitude_sample", num, views, base);
+void magnitude_sample(const std::optional<View>& base, const Views& views, size_t num, uint64_t start, uint64_t group,
+                      uint64_t stride, uintptr_t keys, size_t num_sampled) {
     require_sampling("magnitude_sample", group, stride);
     require_memory("magnitude_sample", "keys", keys, views.size() * num_sampled);
-    const auto all = inputs(views);
-    const pymerge::MagnitudeSample op{models(base, all, num), start,      group, stride,
-                                      pointer<int32_t>(keys), num_sampled};
-    run("magnitude_sample", [&] { return pymerge::magnitude_sample(op); });
+    const ModelSet set("magnitude_sample", base, views, num, 0);
+    const pymerge::MagnitudeSample op{set.models, start, group, stride, pointer<int32_t>(keys), num_sampled};
+    run_measure("magnitude_sample", pymerge::magnitude_sample, op);
 }
 
-void bracket_count(const std::optional<View>& base, const std::vector<View>& views, size_t num,
-                   const std::vector<int32_t>& low, const std::vector<int32_t>& high, uintptr_t counts,
-                   uintptr_t candidates, size_t capacity) {
+void bracket_count(const std::optional<View>& base, const Views& views, size_t num, const std::vector<int32_t>& low,
+                   const std::vector<int32_t>& high, uintptr_t counts, uintptr_t candidates, size_t capacity) {
     require_count("bracket_count", "lower ends", low.size(), views.size());
     require_count("bracket_count", "upper ends", high.size(), views.size());
-    require_equal_counts("bracket_count", num, views, base);
+    const ModelSet set("bracket_count", base, views, num, 0);
     if (capacity > num) require_count("bracket_count", "candidates of each model at most", capacity, num);
     require_memory("bracket_count", "counts", counts, views.size());
     require_memory("bracket_count", "candidates", candidates, views.size() * capacity);
-    const auto all = inputs(views);
-    const pymerge::BracketCount op{models(base, all, num),       low.data(), high.data(), pointer<int64_t>(counts),
-                                   pointer<int32_t>(candidates), capacity};
-    run("bracket_count", [&] { return pymerge::bracket_count(op); });
+    const pymerge::BracketCount op{
+        set.models, low.data(), high.data(), pointer<int64_t>(counts), pointer<int32_t>(candidates), capacity};
+    run_measure("bracket_count", pymerge::bracket_count, op);
 }
 
-void magnitude_histogram(const std::optional<View>& base, const std::vector<View>& views, size_t num, int32_t shift,
+void magnitude_histogram(const std::optional<View>& base, const Views& views, size_t num, int32_t shift,
                          const std::optional<std::vector<int32_t>>& prefix, int32_t prefix_shift, uintptr_t counts,
                          size_t num_bins) {
     if (prefix) require_count("magnitude_histogram", "prefixes", prefix->size(), views.size());
-    require_equal_counts("magnitude_histogram", num, views, base);
+    const ModelSet set("magnitude_histogram", base, views, num, 0);
     require_memory("magnitude_histogram", "bins", counts, views.size() * num_bins);
-    const auto all = inputs(views);
     const pymerge::MagnitudeHistogram op{
-        models(base, all, num),    shift,   prefix ? prefix->data() : nullptr, prefix_shift,
-        pointer<uint64_t>(counts), num_bins};
-    run("magnitude_histogram", [&] { return pymerge::magnitude_histogram(op); });
+        set.models, shift, prefix ? prefix->data() : nullptr, prefix_shift, pointer<uint64_t>(counts), num_bins};
+    run_measure("magnitude_histogram", pymerge::magnitude_histogram, op);
 }
 
 std::pair<int64_t, uint64_t> locate_equal(const std::optional<View>& base, const View& model, int32_t key,
                                           uint64_t nth) {
-    require_equal_counts("locate_equal", std::get<2>(model), {}, base);
-    const pymerge::LocateEqual op{optional_input(base), input(model), std::get<2>(model), key, nth};
+    require_equal_counts("locate_equal", count_of(model), {}, base);
+    const pymerge::LocateEqual op{optional_input(base), input(model), count_of(model), key, nth};
     pymerge::Location location;
     run("locate_equal", [&] { return pymerge::locate_equal(op, &location); });
     return {location.index, location.count};
 }
 
-uint64_t disjoint_merge(const View& out, const View& base, const std::vector<View>& views,
-                        const std::vector<float>& weights, const std::vector<int32_t>& thresholds,
-                        const std::vector<int64_t>& cutoffs, int64_t start, bool normalize, float scale) {
-    require_count("disjoint_merge", "weights", weights.size(), views.size());
-    require_count("disjoint_merge", "thresholds", thresholds.size(), views.size());
-    require_count("disjoint_merge", "cutoffs", cutoffs.size(), views.size());
-    require_equal_counts("disjoint_merge", std::get<2>(out), views, base);
-    const auto all = inputs(views);
-    const size_t workspace_bytes = views.size() * pymerge::kBlockElements * sizeof(float);
-    const std::unique_ptr<float[], AlignedDelete> workspace(
-        static_cast<float*>(::operator new[](workspace_bytes, std::align_val_t{64})));
-    const pymerge::DisjointMerge op{models(base, all, std::get<2>(out)),
-                                    weights.data(),
-                                    thresholds.data(),
-                                    cutoffs.data(),
-                                    start,
-                                    normalize,
-                                    scale,
-                                    output(out),
-                                    workspace.get()};
-    uint64_t num_nonfinite = 0;
-    run("disjoint_merge", [&] { return pymerge::disjoint_merge(op, &num_nonfinite); });
-    return num_nonfinite;
+// `found` as one word of an enumeration, whose last is `last`.
+template <class Word>
+Word word(const char* op, const char* what, int32_t found, Word last) {
+    if (found < 0 || found > static_cast<int32_t>(last)) {
+        throw std::invalid_argument(std::string(op) + ": unknown " + what + " " + std::to_string(found));
+    }
+    return static_cast<Word>(found);
+}
+
+pymerge::Vote vote(const char* op, const Numbers& weights, const std::optional<Numbers>& factors, size_t num_models) {
+    require_count(op, "weights", weights.size(), num_models);
+    if (factors) require_count(op, "factors", factors->size(), num_models);
+    pymerge::Vote vote;
+    vote.weights = weights.data();
+    vote.factors = factors ? factors->data() : nullptr;
+    vote.num_models = num_models;
+    return vote;
+}
+
+uint64_t disjoint_merge(const View& out, const std::optional<View>& base, const Views& views, const Numbers& weights,
+                        const std::vector<KeepTuple>& keep_tuples, int64_t start, int32_t elect, int32_t combine,
+                        int32_t zero_sign, const std::optional<Numbers>& factors, float divisor, float scale,
+                        const std::optional<View>& score, bool deltas) {
+    const char* name = "disjoint_merge";
+    const ModelSet set(name, base, views, count_of(out), 1);
+    if (score) require_count(name, "elements in the score", count_of(*score), count_of(out));
+    const auto all_keeps = keeps(name, keep_tuples, views.size());
+    pymerge::DisjointMerge op;
+    op.models = set.models;
+    op.deltas = deltas;
+    op.score = optional_input(score);
+    op.keeps = all_keeps.data();
+    op.start = start;
+    op.elect = word(name, "election", elect, pymerge::Elect::Plain);
+    op.combine = word(name, "combination", combine, pymerge::Combine::Max);
+    op.vote = vote(name, weights, factors, views.size());
+    op.vote.zero_sign = zero_sign;
+    op.vote.divisor = divisor;
+    op.vote.scale = scale;
+    op.vote.add_base = base.has_value();
+    op.out = output(out);
+    return run_write(name, pymerge::disjoint_merge, op);
+}
+
+std::pair<uint64_t, uint64_t> count_votes(const std::optional<View>& base, const Views& views, size_t num,
+                                          const Numbers& weights, const std::vector<KeepTuple>& keep_tuples,
+                                          int64_t start, int32_t elect, const std::optional<Numbers>& factors) {
+    const char* name = "count_votes";
+    const ModelSet set(name, base, views, num, 1);
+    const auto all_keeps = keeps(name, keep_tuples, views.size());
+    uint64_t counts[2] = {};
+    pymerge::CountVotes op;
+    op.models = set.models;
+    op.keeps = all_keeps.data();
+    op.start = start;
+    op.elect = word(name, "election", elect, pymerge::Elect::Plain);
+    op.vote = vote(name, weights, factors, views.size());
+    op.counts = counts;
+    run_measure(name, pymerge::count_votes, op);
+    return {counts[0], counts[1]};
 }
 
 uint64_t convert(const View& out, const View& view) {
-    require_equal_counts("convert", std::get<2>(out), {view});
+    require_equal_counts("convert", count_of(out), {view});
     uint64_t num_nonfinite = 0;
-    run("convert", [&] { return pymerge::convert(output(out), input(view), std::get<2>(view), &num_nonfinite); });
+    run("convert", [&] { return pymerge::convert(output(out), input(view), count_of(view), &num_nonfinite); });
     return num_nonfinite;
 }
 
 uint64_t count_nonfinite(const View& view) {
     uint64_t num_nonfinite = 0;
-    run("count_nonfinite", [&] { return pymerge::count_nonfinite(input(view), std::get<2>(view), &num_nonfinite); });
+    run("count_nonfinite", [&] { return pymerge::count_nonfinite(input(view), count_of(view), &num_nonfinite); });
     return num_nonfinite;
 }
 
@@ -222,10 +233,14 @@ std::vector<std::string> available_isas() {
 }
 
 }  // namespace
+}  // namespace binding
 
-void bind_ops(py::module_& module) {
+void bind_ops(pybind11::module_& module) {
+    using namespace binding;
     using namespace py::literals;
-    module.def("axpy_n", &axpy_n, "out"_a, "base"_a, "inputs"_a, "weights"_a, "divisor"_a, "scale"_a);
+    module.def("axpy_n", &axpy_n, "out"_a, "base"_a, "inputs"_a, "weights"_a, "divisor"_a, "scale"_a,
+               "add_base"_a = true);
+    module.def("axpy_grid", &axpy_grid, "out"_a, "base"_a, "inputs"_a, "weights"_a, "columns"_a, "along_rows"_a);
     module.def("magnitude_sample", &magnitude_sample, "base"_a, "models"_a, "num"_a, "start"_a, "group"_a, "stride"_a,
                "keys"_a, "num_sampled"_a);
     module.def("num_sampled", &num_sampled, "start"_a, "num"_a, "group"_a, "stride"_a);
@@ -234,8 +249,10 @@ void bind_ops(py::module_& module) {
     module.def("magnitude_histogram", &magnitude_histogram, "base"_a, "models"_a, "num"_a, "shift"_a, "prefix"_a,
                "prefix_shift"_a, "counts"_a, "num_bins"_a);
     module.def("locate_equal", &locate_equal, "base"_a, "model"_a, "key"_a, "nth"_a);
-    module.def("disjoint_merge", &disjoint_merge, "out"_a, "base"_a, "models"_a, "weights"_a, "thresholds"_a,
-               "cutoffs"_a, "start"_a, "normalize"_a, "scale"_a);
+    module.def("disjoint_merge", &disjoint_merge, "out"_a, "base"_a, "models"_a, "weights"_a, "keeps"_a, "start"_a,
+               "elect"_a, "combine"_a, "zero_sign"_a, "factors"_a, "divisor"_a, "scale"_a, "score"_a, "deltas"_a);
+    module.def("count_votes", &count_votes, "base"_a, "models"_a, "num"_a, "weights"_a, "keeps"_a, "start"_a, "elect"_a,
+               "factors"_a);
     module.def("convert", &convert, "out"_a, "input"_a);
     module.def("count_nonfinite", &count_nonfinite, "input"_a);
     module.def("isa", &pymerge::isa);

@@ -23,7 +23,7 @@ def render(page: str) -> str:
     head = ("op", "numerics", "memory traffic per element", "backends")
     lines = [head, ("---",) * len(head), *(row(op) for op in OPS.values())]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    details = "\n\n".join(f"`{op.signature}`\n\n{op.doc}" for op in OPS.values())
+    details = "\n\n".join(f"`{op.signature}`\n\n{escaped(op.doc)}" for op in OPS.values())
     return f"{before}{begin}\n{table}\n\n{details}\n\n{end}{after}"
 
 
@@ -31,16 +31,15 @@ def row(op: Op) -> tuple[str, ...]:
     return (f"`{op.name}`", op.numerics, traffic_text(op), ", ".join(op.backends))
 
 
+def escaped(text: str) -> str:
+    """Code marks as Markdown has them, and stars as they are."""
+    return text.replace("``", "`").replace("*", r"\*")
+
+
 def traffic_text(op: Op) -> str:
-    """The op's traffic function in words; it is linear in the sizes of the elements."""
-    terms = []
-    if op.traffic(1, 0, 1, 0):
-        terms.append("base")
-    if op.traffic(0, 1, 2, 0):
-        terms.append("n × model")
-    if op.traffic(0, 0, 1, 1):
-        terms.append("output")
-    return " + ".join(terms)
+    """The arrays of which the op reads or writes every element."""
+    moved = op.traffic
+    return " + ".join(name for name in (moved.base, moved.models, moved.out, moved.masks) if name)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 from pymerge.methods import METHODS
 from pymerge.methods.protocol import Method
 from pymerge.methods.spec import MethodSpec, ParameterSpec
+from pymerge.ops.dispatch import BACKENDS
+from pymerge.ops.table import OPS
 
 PAGE = Path(__file__).with_name("methods.md")
 
@@ -27,6 +29,18 @@ arithmetic is done.
 θ₀ is the base model, θᵢ the models in the order of the recipe, wᵢ their weights. Arithmetic is
 float32 in that order, with one rounding at the end.
 """
+
+
+#: What a method looks at before it merges, in words.
+MEASURES = {
+    "none": "nothing; one pass over the inputs",
+    "row": "each row of a tensor",
+    "tensor": "each tensor",
+    "row or tensor": "each tensor, or each of its rows, as the parameters say",
+    "model": "the whole model, in passes of their own before the merge",
+    "tensor or model": "each tensor, or the whole model in passes of their own, as the parameters "
+    "say",
+}
 
 
 def render() -> str:
@@ -47,14 +61,32 @@ def section(method: Method) -> str:
     spec = method.spec
     parts = [f"## {spec.name}", description(method)]
     if spec.paper:
-        parts.append(f"Paper: <{spec.paper}>")
+        parts.append(f"Source: <{spec.paper}>")
+    parts.append(f"Measures: {MEASURES[spec.statistics]}. Backends: {backends_text(method)}.")
     parts.append(
         table(
             ("parameter", "given", "values", "default", "meaning"),
             [parameter_row(parameter) for parameter in spec.parameters.values()],
         )
     )
+    if spec.presets:
+        parts.append(presets_table(spec))
     return "\n" + "\n\n".join(parts)
+
+
+def backends_text(method: Method) -> str:
+    """The backends that have every op of the method."""
+    shared = [name for name in BACKENDS if all(name in OPS[op].backends for op in method.ops)]
+    return ", ".join(f"`{name}`" for name in shared)
+
+
+def presets_table(spec: MethodSpec) -> str:
+    """What each preset gives the parameters that the recipe does not give."""
+    rows = [
+        (f"`{name}`", ", ".join(f"`{key}: {str(value).lower()}`" for key, value in values.items()))
+        for name, values in spec.presets.items()
+    ]
+    return table(("preset", "defaults"), [(name, text or "as above") for name, text in rows])
 
 
 def description(method: Method) -> str:

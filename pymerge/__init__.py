@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pymerge.api import load_recipe, merge, plan, verify
     from pymerge.engine.run import MergeReport
     from pymerge.in_memory import merge_tensor
+    from pymerge.runtime.load import load_task
+    from pymerge.runtime.materialize import materialize
 
 __all__ = [
     "BackendError",
@@ -33,6 +35,8 @@ __all__ = [
     "StorageError",
     "__version__",
     "load_recipe",
+    "load_task",
+    "materialize",
     "merge",
     "merge_tensor",
     "methods",
@@ -47,6 +51,8 @@ _HOMES = {
     "plan": ("pymerge.api", "plan"),
     "verify": ("pymerge.api", "verify"),
     "merge_tensor": ("pymerge.in_memory", "merge_tensor"),
+    "load_task": ("pymerge.runtime.load", "load_task"),
+    "materialize": ("pymerge.runtime.materialize", "materialize"),
     "MergeReport": ("pymerge.engine.run", "MergeReport"),
 }
 

@@ -134,7 +134,7 @@ def merge(
 
     Raises also what :func:`plan` raises.
     """
-    from pymerge.engine import make_manifest, run_plan, side_files
+    from pymerge.engine import run_plan, side_files
     from pymerge.engine.rates import known_floor
     from pymerge.engine.sources import METHODS
     from pymerge.plan import Plan
@@ -165,7 +165,6 @@ def merge(
         decided,
         folder,
         side_files=files,
-        make_manifest=lambda output: make_manifest(decided, output.records, files),
         overwrite=overwrite,
         nonfinite=non_finite,
         sync=sync,

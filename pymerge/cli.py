@@ -251,6 +251,46 @@ def verify(
 
 
 @app.command()
+def materialize(
+    out: Annotated[Path, typer.Argument(help="Folder merged by emr or tall_masks.", metavar="OUT")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="The task: its model in the recipe, its number from 0, or a part of the name.",
+            metavar="TASK",
+        ),
+    ],
+    dest: Annotated[Path, typer.Argument(help="Output model folder.", metavar="DEST")],
+    memory: MemoryOption = None,
+    threads: ThreadsOption = None,
+    shard_size: ShardOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that DEST holds.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    backend: BackendOption = None,
+) -> None:
+    """Write the model of one TASK of the multi-task folder OUT as a model of its own."""
+    from pymerge.runtime.materialize import materialize as run
+    from pymerge.terminal import Display, print_report
+
+    options: dict[str, Any] = {
+        "memory": memory,
+        "threads": threads,
+        "shard_size": shard_size,
+        "backend": backend,
+        "overwrite": overwrite,
+        "resume_hint": f"run {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+    }
+    if quiet:
+        run(out, task, dest, **options)
+        return
+    with Display() as display:
+        report = run(out, task, dest, progress=display.update, **options)
+    print_report(report)
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[
         str, typer.Argument(help="Model folder, file or hub id.", metavar="CKPT")
@@ -272,6 +312,14 @@ def inspect(
 
         counts = count_nonfinite(opened)
     print_checkpoint(opened, counts, as_json=as_json)
+    if not as_json:
+        from pymerge.runtime.task_folder import is_task_folder, open_tasks
+
+        if is_task_folder(opened):
+            folder = open_tasks(checkpoint)
+            names = ", ".join(f"{task.number}: {task.name}" for task in folder.tasks)
+            typer.echo(f"with a model for each task by {folder.method}; tasks {names}")
+            typer.echo("pymerge materialize OUT TASK DEST writes one of them")
 
 
 @app.command()

@@ -17,6 +17,8 @@ from types import ModuleType
 
 from pymerge._version import __version__
 from pymerge.machine import available_cpus, available_memory, cgroup_memory, total_memory
+from pymerge.ops.device import devices_for
+from pymerge.ops.dispatch import backend_module
 from pymerge.sizes import format_size
 
 _PACKAGES = ("numpy", "torch", "safetensors", "transformers", "huggingface_hub")
@@ -128,9 +130,22 @@ def _backends(extension: ModuleType | None, problems: list[str]) -> Section:
             )
         findings.append(Finding("checksums", extension.crc32c_implementation()))
     findings.append(Finding("reference", "available", "plain numpy, the truth in tests; slow"))
-    findings.append(Finding("cuda", "not in this version"))
-    findings.append(Finding("triton", "not in this version"))
+    findings += _gpu_backends()
     return Section("backends", tuple(findings))
+
+
+def _gpu_backends() -> list[Finding]:
+    """Whether the backends for GPUs can run, on which devices, and why they cannot."""
+    findings = []
+    for name in ("cuda", "triton"):
+        problem = backend_module(name).why_not()
+        if problem is not None:
+            findings.append(Finding(name, "not available", problem))
+            continue
+        for number, device in enumerate(devices_for(name)):
+            memory = f"{format_size(device.free_memory)} of {format_size(device.total_memory)} free"
+            findings.append(Finding(f"{name} {number}", device.name, memory))
+    return findings
 
 
 def _instruction_sets(extension: ModuleType) -> list[Finding]:

@@ -77,6 +77,12 @@ BY_CODE: dict[int, Format] = {f.code: f for f in FORMATS.values() if f.code is n
 BY_TORCH_NAME: dict[str, Format] = {f.torch_name: f for f in FORMATS.values() if f.torch_name}
 
 
+#: One bit for each element: a row of masks, which no header names.
+BITS = Format("BITS", 1)
+#: A kernel code for memory that is looked at as plain bytes.
+BYTES = 4
+
+
 def promote(formats: Iterable[Format]) -> Format:
     """The format in which a result of these inputs is written unless another is asked for.
 

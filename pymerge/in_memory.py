@@ -3,20 +3,23 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from pymerge.errors import PymergeError, RecipeError
-from pymerge.formats import BF16, BY_CODE, BY_TORCH_NAME, F32, Format, promote
+from pymerge.formats import BF16, BY_CODE, BY_TORCH_NAME, BYTES, F32, Format, promote
 from pymerge.machine import compute_threads
 from pymerge.methods import get_method
-from pymerge.methods.protocol import Measure, Tensor, Tile, decide
-from pymerge.methods.spec import MethodSpec, ParameterSpec, ParameterValue
+from pymerge.methods.protocol import Apply, Folded, Measure, Tensor, Tile, decide
+from pymerge.methods.spec import PRESET, MethodSpec, ParameterSpec, ParameterValue
 from pymerge.methods.values import check_value
 from pymerge.names import listed, nearest, shown
+from pymerge.ops.executor import make_executor
 from pymerge.ops.opset import choose_ops
 from pymerge.ops.view import View, view
 
@@ -48,7 +51,7 @@ def merge_tensor(
     :param parameters: the method's parameters, with the values a recipe may give them; one per
         model may be a number for all or a sequence.
     :returns: a new torch tensor if the first of ``tensors`` is one, else a numpy array (bfloat16 as
-        uint16).
+        uint16). Of a method that makes a model for each task a :class:`TaskTensor` of such arrays.
     :raises RecipeError: a parameter is unknown, missing, or its value is not allowed.
     :raises PymergeError: an input is no array, shapes differ, or an array is not contiguous or of a
         dtype that kernels do not read.
@@ -76,27 +79,88 @@ def merge_tensor(
         base_view = None
     format = _result_format(out_dtype, [*models, *(() if base_view is None else (base_view,))])
     shared, per_model = _parameters(spec, parameters, len(models))
-    ops = choose_ops((*chosen.ops,), asked=backend)
-    tensor = Tensor(name, shape, len(models), base_view is not None, shared, per_model, ops, names)
+    executor = make_executor(choose_ops((*chosen.ops,), asked=backend), num_threads)
+    ops = executor.ops
+    numbers = range(len(models))
+    tensor = Tensor(
+        name, shape, len(models), base_view is not None, shared, per_model, ops, names, numbers
+    )
+    chosen.check([tensor])
     result, out = _empty_like(tensors[0], shape, format)
-    tiles = _cut(base_view, models)
-    with ThreadPoolExecutor(num_threads) as pool:
+    beside = _Beside(tensors[0], shape, format, len(models)) if chosen.extras else None
+    granule = chosen.granule(tensor)
+    tiles = _cut(base_view, models, max(granule, TILE_ELEMENTS // granule * granule))
+
+    def look(run: Callable[[Tile], Any], tile: Tile) -> Any:
+        with executor.here(tile.views) as (views, _):
+            return run(tile.at(views))
+
+    def write(apply: Apply, tile: Tile) -> Any:
+        outputs = [out.part(tile.start, tile.num)]
+        if beside is not None:
+            outputs += beside.views(tile)
+        with executor.here(tile.views, outputs) as (views, results):
+            extras = () if beside is None else (results[1:2], results[2:])
+            return apply.run(tile.at(views), results[0], *extras)
+
+    with closing(executor), ThreadPoolExecutor(num_threads) as pool:
 
         def measure(question: Measure) -> Any:
             chosen_tiles = tiles if question.only is None else [tiles[question.only]]
-            results = list(pool.map(question.run, chosen_tiles))
+            run_all = map if question.ordered else pool.map
             if question.fold is None:
-                return results
-            total = results[0]
-            for each in results[1:]:
-                total = question.fold(total, each)
-            return total
+                return list(run_all(partial(look, question.run), chosen_tiles))
+            total = Folded(question.run, question.fold)
+            list(run_all(partial(look, total.add), chosen_tiles))
+            return total.value
 
         if chosen.model_wide(tensor) and chosen.measure_model is not None:
             tensor = _with_state(tensor, _measure_alone(chosen.measure_model, tensor, measure))
         apply = decide(chosen, tensor, measure)
-        list(pool.map(lambda tile: apply.run(tile, _part(out, tile.start, tile.num)), tiles))
-    return result
+        found = list(pool.map(partial(write, apply), tiles))
+    if beside is None:
+        return result
+    values = apply.values([tile.measured for tile in found]) if apply.values else []
+    return beside.result(chosen.scales([tensor], [values]) if chosen.scales else {}, names)
+
+
+class TaskTensor(NamedTuple):
+    """What makes of the base one tensor for each task t: element j is ``base + scales[t]·vector``
+    where bit ``j % 8`` of ``masks[t, j // 8]`` is set, else the base's.
+
+    ``masks`` is uint8 [num_tasks, ceil(n / 8)], ``scales`` float64 [num_tasks], as if the tensor
+    were the whole model.
+    """
+
+    vector: Any
+    masks: Any
+    scales: Any
+
+
+class _Beside:
+    """The memory of a :class:`TaskTensor`."""
+
+    def __init__(
+        self, pattern: Any, shape: tuple[int, ...], format: Format, num_models: int
+    ) -> None:
+        self._vector, self._out = _empty_like(pattern, shape, format)
+        self._masks = np.zeros((num_models, -(-self._out.num // 8)), np.uint8)
+        self._is_numpy = isinstance(pattern, np.ndarray)
+
+    def views(self, tile: Tile) -> list[View]:
+        """The tile's part of the vector, then of each mask; it begins with a byte."""
+        first, num_bytes = tile.start // 8, -(-tile.num // 8)
+        rows = [row.ctypes.data + first for row in self._masks]
+        masks = [View(address, BYTES, num_bytes) for address in rows]
+        return [self._out.part(tile.start, tile.num), *masks]
+
+    def result(self, scales: Mapping[str, float], names: Sequence[str]) -> TaskTensor:
+        factors = np.array([scales.get(name, 1.0) for name in names])
+        if self._is_numpy:
+            return TaskTensor(self._vector, self._masks, factors)
+        import torch
+
+        return TaskTensor(self._vector, torch.from_numpy(self._masks), torch.from_numpy(factors))
 
 
 def _measure_alone(measure_model: Any, tensor: Tensor, measure: Any) -> Any:
@@ -166,8 +230,9 @@ def _parameters(
             )
     shared: dict[str, ParameterValue] = {}
     per_model: list[dict[str, ParameterValue]] = [{} for _ in range(num_models)]
+    preset = given.get(PRESET, spec.parameters[PRESET].default if PRESET in spec.parameters else "")
     for name, parameter in spec.parameters.items():
-        value = given.get(name, parameter.default)
+        value = given[name] if name in given else spec.default(name, preset)
         if value is None:
             raise RecipeError(f"{spec.name} needs the parameter {name!r}: {parameter.doc}")
         if parameter.scope == "shared":
@@ -175,7 +240,9 @@ def _parameters(
             continue
         is_array = isinstance(value, np.ndarray) and value.ndim == 1
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        values = list(value) if is_list or is_array else [value] * num_models
+        values: list[Any] = [value] * num_models
+        if is_array or is_list:
+            values = list(cast(Sequence[Any], value))
         if len(values) != num_models:
             raise RecipeError(
                 f"{spec.name}: parameter {name!r} has {len(values)} values for {num_models} tensors"
@@ -203,19 +270,6 @@ def _empty_like(pattern: Any, shape: tuple[int, ...], format: Format) -> tuple[A
     return tensor, view(tensor)
 
 
-def _part(whole: View, start: int, num: int) -> View:
-    size = BY_CODE[whole.code].num_bytes
-    return View(whole.ptr + start * size, whole.code, num)
-
-
-def _cut(base: View | None, models: Sequence[View]) -> list[Tile]:
-    num = models[0].num
-    return [
-        Tile(
-            start,
-            (count := min(TILE_ELEMENTS, num - start)),
-            None if base is None else _part(base, start, count),
-            tuple(_part(model, start, count) for model in models),
-        )
-        for start in range(0, num, TILE_ELEMENTS)
-    ]
+def _cut(base: View | None, models: Sequence[View], tile_elements: int) -> list[Tile]:
+    whole = Tile(0, models[0].num, base, tuple(models))
+    return [tile for _, tile in whole.pieces(tile_elements)]

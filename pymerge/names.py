@@ -1,4 +1,4 @@
-"""Names and values in messages: the nearest name to a misspelt one, lists, values cut short.
+"""Names: the nearest one to a misspelt one, lists and short values for messages, base+adapter.
 
 A leaf module: it imports nothing of pymerge.
 """
@@ -6,6 +6,7 @@ A leaf module: it imports nothing of pymerge.
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from collections.abc import Iterable
 
@@ -54,3 +55,29 @@ def shown(value: object) -> str:
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         return "a list of lists or mappings"
     return _SHORT.repr(value)
+
+
+def split_adapter(text: str) -> tuple[str, str | None]:
+    """Model and adapter of ``base+adapter``; a text without ``+`` is a model.
+
+    An existing path is taken whole, whatever characters it has. Where several ``+`` could part the
+    two, it is the one with existing paths on both sides. Raises ValueError with a sentence.
+    """
+    if "+" not in text or os.path.exists(text):
+        return text, None
+    places = [index for index, letter in enumerate(text) if letter == "+"]
+    parts = [(text[:index], text[index + 1 :]) for index in places]
+    if len(parts) > 1:
+        parts = [(a, b) for a, b in parts if os.path.exists(a) and os.path.exists(b)]
+    if len(parts) != 1:
+        raise ValueError(
+            f"{text!r} is not an existing path and has several '+', so that it does not read as "
+            "base+adapter; write {model: {path: ...}, lora: {path: ...}}"
+        )
+    base, adapter = parts[0]
+    if not base.strip() or not adapter.strip():
+        raise ValueError(
+            f"{text!r} is not an existing path and does not read as base+adapter: one side of the "
+            "'+' is empty"
+        )
+    return base, adapter

@@ -228,9 +228,10 @@ def _plan_lines(plan: Plan, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     counts, memory = summary["tensors"], summary["memory"]
     streamed = counts["streamed"]
     backends: dict[str, list[str]] = {}
+    passed_over: dict[str, str] = {}
     for op, choice in summary["backends"].items():
-        why = "".join(f"; not {name}: {text}" for name, text in choice["passed_over"].items())
-        backends.setdefault(choice["backend"] + why, []).append(op)
+        backends.setdefault(choice["backend"], []).append(op)
+        passed_over |= choice["passed_over"]
     lines = [
         ("method", summary["method"]),
         *(
@@ -252,6 +253,7 @@ def _plan_lines(plan: Plan, summary: Mapping[str, Any]) -> list[tuple[str, str]]
         ),
         ("threads", str(plan.tiling.threads)),
         *(("backend", f"{name} ({', '.join(ops)})") for name, ops in backends.items()),
+        *(("", f"not {name}: {reason}") for name, reason in passed_over.items()),
         ("floor", _floor_text(summary)),
     ]
     if streamed:

@@ -48,8 +48,9 @@ MAY_IMPORT = {
     "doctor": {"ops", "_C"},
     "demo": {""},
     "terminal": {"engine", "plan", "checkpoint"},
-    "cli": {"api", "engine", "checkpoint", "methods", "terminal", "doctor", "demo"},
-    "": {"api", "engine", "in_memory", "methods"},
+    "runtime": {"api", "engine", "plan", "checkpoint", "methods", "ops"},
+    "cli": {"api", "engine", "checkpoint", "methods", "terminal", "doctor", "demo", "runtime"},
+    "": {"api", "engine", "in_memory", "methods", "runtime"},
 }
 
 #: pymerge.plan is a package and a function of the API; the package answers a call by the function.
@@ -64,7 +65,8 @@ LEAF_IMPORTS = {
 
 #: Third parties that a room may import when it is imported; every room: the standard library.
 THIRD_PARTIES = {
-    "kernels": set(),
+    # Imported by the backend that runs them, when it runs them.
+    "kernels": {"numpy", "triton"},
     "ops": {"numpy"},
     "methods": {"numpy"},
     "recipe": {"yaml", "pydantic"},
@@ -74,6 +76,7 @@ THIRD_PARTIES = {
     "engine": {"numpy"},
     "in_memory": {"numpy"},
     "api": set(),
+    "runtime": {"numpy"},
     "doctor": set(),
     "terminal": {"rich"},
     "cli": {"typer"},

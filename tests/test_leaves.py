@@ -80,8 +80,8 @@ def test_nearest_ignores_case_and_dashes():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Task-Arithmetic", r"exist; did you mean 'task_arithmetic'\? methods: linear, "),
-        ("xyz", "'xyz' does not exist; methods: linear, "),
+        ("Task-Arithmetic", r"exist; did you mean 'task_arithmetic'\? methods: arcee_fusion, "),
+        ("xyz", "'xyz' does not exist; methods: arcee_fusion, "),
     ],
 )
 def test_an_unknown_method_is_answered_with_the_nearest(name, message):

@@ -101,6 +101,7 @@ class DefaultFloatEnvironment {
 
 constexpr int32_t kBaseArgument = -1;
 constexpr int32_t kOutputArgument = -2;
+constexpr int32_t kScoreArgument = -3;
 
 bool is_known(Format format) { return static_cast<int32_t>(format) >= 0 && format <= Format::F8_E5M2; }
 
@@ -141,11 +142,42 @@ Status run(Status status, Body body) {
 
 Status first_of(const Status& a, const Status& b) { return a.code != StatusCode::Ok ? a : b; }
 
+Status check_pair(const Input& base, const Input& model) { return check_models({base, &model, 1, 0, nullptr}); }
+
+Status check_score(const Input& score) { return score.data ? check_input(score, kScoreArgument) : Status{}; }
+
+// Whole rows of at least one and at most `most` elements.
+Status check_rows(size_t num, size_t columns, size_t most = SIZE_MAX) {
+    if (columns == 0 || columns > most) return {StatusCode::BadShape, 0, static_cast<int64_t>(columns), 1};
+    const size_t rest = num % columns;
+    if (rest) return {StatusCode::BadShape, 0, static_cast<int64_t>(num), static_cast<int64_t>(num - rest)};
+    return {};
+}
+
+// Ops that write elements, and ops that measure.
+template <class Op>
+Status write(const Op& op, uint64_t (*OpTable::*kernel)(const Op&), uint64_t* num_nonfinite) {
+    return run(first_of(check_models(op.models), check_output(op.out)),
+               [&](const OpTable& table) { *num_nonfinite = (table.*kernel)(op); });
+}
+
+template <class Op>
+Status measure(const Op& op, void (*OpTable::*kernel)(const Op&)) {
+    return run(check_models(op.models), [&](const OpTable& table) { (table.*kernel)(op); });
+}
+
+Status write_rows(const RowScores& op, uint64_t (*OpTable::*kernel)(const RowScores&), uint64_t* num_nonfinite) {
+    const Status shape = check_rows(op.models.num, op.columns);
+    return shape.code == StatusCode::Ok ? write(op, kernel, num_nonfinite) : shape;
+}
+
 }  // namespace
 
-Status axpy_n(const AxpyN& op, uint64_t* num_nonfinite) {
-    return run(first_of(check_models(op.models), check_output(op.out)),
-               [&](const OpTable& table) { *num_nonfinite = table.axpy_n(op); });
+Status axpy_n(const AxpyN& op, uint64_t* num_nonfinite) { return write(op, &OpTable::axpy_n, num_nonfinite); }
+
+Status axpy_grid(const AxpyGrid& op, uint64_t* num_nonfinite) {
+    return run(first_of(check_rows(op.models.num, op.columns), first_of(check_models(op.models), check_output(op.out))),
+               [&](const OpTable& table) { *num_nonfinite = table.axpy_grid(op); });
 }
 
 Status magnitude_sample(const MagnitudeSample& op) {
@@ -160,9 +192,7 @@ Status magnitude_sample(const MagnitudeSample& op) {
     return run(status, [&](const OpTable& table) { table.magnitude_sample(op); });
 }
 
-Status bracket_count(const BracketCount& op) {
-    return run(check_models(op.models), [&](const OpTable& table) { table.bracket_count(op); });
-}
+Status bracket_count(const BracketCount& op) { return measure(op, &OpTable::bracket_count); }
 
 Status magnitude_histogram(const MagnitudeHistogram& op) {
     Status status = check_models(op.models);
@@ -178,25 +208,110 @@ Status magnitude_histogram(const MagnitudeHistogram& op) {
 }
 
 Status locate_equal(const LocateEqual& op, Location* location) {
-    return run(check_models({op.base, &op.model, 1, op.num}),
-               [&](const OpTable& table) { *location = table.locate_equal(op); });
+    return run(check_pair(op.base, op.model), [&](const OpTable& table) { *location = table.locate_equal(op); });
 }
 
 Status disjoint_merge(const DisjointMerge& op, uint64_t* num_nonfinite) {
-    return run(first_of(check_models(op.models), check_output(op.out)),
+    return run(first_of(check_score(op.score), first_of(check_models(op.models), check_output(op.out))),
                [&](const OpTable& table) { *num_nonfinite = table.disjoint_merge(op); });
 }
 
+Status count_votes(const CountVotes& op) { return measure(op, &OpTable::count_votes); }
+
+Status kept_sums(const KeptSums& op) {
+    return run(first_of(check_rows(0, op.span), first_of(check_score(op.score), check_models(op.models))),
+               [&](const OpTable& table) { table.kept_sums(op); });
+}
+
 Status convert(const Output& out, const Input& input, size_t num, uint64_t* num_nonfinite) {
-    const Status input_status = check_models({{}, &input, 1, num});
     const Status output_status = out.format == input.format ? Status{} : check_output(out);
-    return run(first_of(input_status, output_status),
+    return run(first_of(check_pair({}, input), output_status),
                [&](const OpTable& table) { *num_nonfinite = table.convert(out, input, num); });
 }
 
 Status count_nonfinite(const Input& input, size_t num, uint64_t* num_nonfinite) {
-    return run(check_models({{}, &input, 1, num}),
+    return run(check_pair({}, input),
                [&](const OpTable& table) { *num_nonfinite = table.count_nonfinite(input, num); });
+}
+
+Status gram_n(const GramN& op) {
+    return run(first_of(check_rows(0, op.span), check_models(op.models)),
+               [&](const OpTable& table) { table.gram_n(op); });
+}
+
+Status gram_columns(const GramColumns& op) {
+    return run(first_of(check_rows(op.models.num, op.columns), check_models(op.models)),
+               [&](const OpTable& table) { table.gram_columns(op); });
+}
+
+Status masked_sums(const MaskedSums& op) {
+    return run(first_of(check_rows(0, op.span), check_pair({}, op.vector)),
+               [&](const OpTable& table) { table.masked_sums(op); });
+}
+
+Status row_sparsify(const RowSparsify& op, uint64_t* num_nonfinite) {
+    const Status shape = check_rows(op.num, op.columns, INT32_MAX);
+    return run(first_of(shape, first_of(check_pair(op.base, op.model), check_output(op.out))),
+               [&](const OpTable& table) { *num_nonfinite = table.row_sparsify(op); });
+}
+
+Status row_divergence(const RowDivergence& op) {
+    return run(first_of(check_rows(op.num, op.columns), check_pair(op.base, op.model)),
+               [&](const OpTable& table) { table.row_divergence(op); });
+}
+
+Status row_scores(const RowScores& op, uint64_t* num_nonfinite) {
+    return write_rows(op, &OpTable::row_scores, num_nonfinite);
+}
+
+Status select_by_score(const RowScores& op, uint64_t* num_nonfinite) {
+    return write_rows(op, &OpTable::select_by_score, num_nonfinite);
+}
+
+Status lora_add(const LoraAdd& op, uint64_t* num_nonfinite) {
+    const Status shape = first_of(check_rows(0, op.columns), check_rows(0, op.rank));
+    return run(first_of(shape, first_of(check_pair({}, op.weight), check_output(op.out))),
+               [&](const OpTable& table) { *num_nonfinite = table.lora_add(op); });
+}
+
+Status nearswap(const ElementMap& op, uint64_t* num_nonfinite) { return write(op, &OpTable::nearswap, num_nonfinite); }
+
+Status variance_score(const ElementMap& op, uint64_t* num_nonfinite) {
+    return write(op, &OpTable::variance_score, num_nonfinite);
+}
+
+Status overlap_counts(const ElementMap& op) { return measure(op, &OpTable::overlap_counts); }
+
+Status overlap_merge(const ElementMap& op, uint64_t* num_nonfinite) {
+    return write(op, &OpTable::overlap_merge, num_nonfinite);
+}
+
+Status magmax_merge(const ElementMap& op, uint64_t* num_nonfinite) {
+    return write(op, &OpTable::magmax_merge, num_nonfinite);
+}
+
+Status consensus_merge(const ElementMap& op, uint64_t* num_nonfinite) {
+    return write(op, &OpTable::consensus_merge, num_nonfinite);
+}
+
+Status tall_masks(const ElementMap& op) { return measure(op, &OpTable::tall_masks); }
+
+Status elect_max(const ElementMap& op, uint64_t* num_nonfinite) {
+    return write(op, &OpTable::elect_max, num_nonfinite);
+}
+
+Status elect_masks(const ElementMap& op) { return measure(op, &OpTable::elect_masks); }
+
+Status apply_task(const ElementMap& op, uint64_t* num_nonfinite) {
+    return write(op, &OpTable::apply_task, num_nonfinite);
+}
+
+Status pcb_score(const ElementMap& op, uint64_t* num_nonfinite) {
+    return write(op, &OpTable::pcb_score, num_nonfinite);
+}
+
+Status pcb_merge(const ElementMap& op, uint64_t* num_nonfinite) {
+    return write(op, &OpTable::pcb_merge, num_nonfinite);
 }
 
 uint64_t num_sampled(uint64_t start, uint64_t num, uint64_t group, uint64_t stride) {
@@ -206,6 +321,11 @@ uint64_t num_sampled(uint64_t start, uint64_t num, uint64_t group, uint64_t stri
         return end / period * group + (rest < group ? rest : group);
     };
     return sampled_before(start + num) - sampled_before(start);
+}
+
+size_t row_sparsify_scratch(size_t columns) {
+    const size_t capacity = (columns + 15) / 16 * 16 + 16;
+    return kRankBins * sizeof(uint32_t) + capacity * (3 * sizeof(uint32_t) + 2 * sizeof(uint64_t));
 }
 
 const char* isa() {

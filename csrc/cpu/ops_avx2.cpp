@@ -31,10 +31,20 @@ struct Avx2 {
     using I = __m256i;
     // A comparison's result: all bits of a lane set or clear.
     using M = __m256i;
+    static constexpr size_t kWideLanes = 4;
+    using W = __m256i;
+    using D = __m256d;
 
     static F get(const float* p) { return _mm256_load_ps(p); }
+    static I get(const int32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
     static void put(float* p, F x) { _mm256_store_ps(p, x); }
     static void put(int32_t* p, I x) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), x); }
+
+    static F load_first(const float* p, size_t n) { return _mm256_maskload_ps(p, first(n)); }
+    static I load_ints(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static void store_ints(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+    static I gather(const int32_t* table, I at) { return _mm256_i32gather_epi32(table, at, 4); }
+    static F gather(const float* table, I at) { return _mm256_i32gather_ps(table, at, 4); }
 
     static __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
     static void store_128(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }
@@ -73,6 +83,7 @@ struct Avx2 {
 
     static F set(float x) { return _mm256_set1_ps(x); }
     static I set(int32_t x) { return _mm256_set1_epi32(x); }
+    static I lanes() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
     static I bits(F x) { return _mm256_castps_si256(x); }
     static F floats(I x) { return _mm256_castsi256_ps(x); }
 
@@ -80,20 +91,34 @@ struct Avx2 {
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
     static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+    static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
     static I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
     static I min(I a, I b) { return _mm256_min_epi32(a, b); }
     static I shift_right(I a, int32_t n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 
+    static I shift_left(I a, int32_t n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+    static I halve(I a) { return _mm256_srai_epi32(a, 1); }
+    static I to_int(F x) { return _mm256_cvttps_epi32(x); }
+    static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+
     static M greater(I a, I b) { return _mm256_cmpgt_epi32(a, b); }
     static M equal(I a, I b) { return _mm256_cmpeq_epi32(a, b); }
+    static M below_unsigned(I a, I b) { return greater(bit_xor(b, set(INT32_MIN)), bit_xor(a, set(INT32_MIN))); }
     static M above(F a, F b) { return bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
     static M at_least(F a, F b) { return bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
     static M same(F a, F b) { return bits(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
     static M is_nan(F a) { return bits(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
     static M both(M a, M b) { return _mm256_and_si256(a, b); }
-    static M first(size_t n) {
-        return greater(set(static_cast<int32_t>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    static M either(M a, M b) { return _mm256_or_si256(a, b); }
+    static M negate(M a) { return _mm256_xor_si256(a, set(int32_t{-1})); }
+    static M first(size_t n) { return greater(set(static_cast<int32_t>(n)), lanes()); }
+    static uint32_t to_bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(floats(m))); }
+    static M from_bits(uint32_t bits) {
+        const I bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        return equal(bit_and(set(static_cast<int32_t>(bits)), bit), bit);
     }
 
     static F select(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, floats(m)); }
@@ -116,6 +141,27 @@ struct Avx2 {
                             _mm256_permutevar8x32_epi32(x, _mm256_cvtepu8_epi32(lanes)));
         return static_cast<size_t>(__builtin_popcount(static_cast<unsigned>(mask)));
     }
+
+    static W set_wide(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
+    static W wide_lanes() { return _mm256_setr_epi64x(0, 1, 2, 3); }
+    static W add_wide(W a, W b) { return _mm256_add_epi64(a, b); }
+    static W xor_wide(W a, W b) { return _mm256_xor_si256(a, b); }
+    static W high_half(W a) { return _mm256_srli_epi64(a, 32); }
+    static W multiply_low_halves(W a, W b) { return _mm256_mul_epu32(a, b); }
+    static void put_words(int32_t* dst, const W words[4]) {
+        const W low = _mm256_blend_epi32(words[0], _mm256_slli_epi64(words[1], 32), 0xaa);
+        const W high = _mm256_blend_epi32(words[2], _mm256_slli_epi64(words[3], 32), 0xaa);
+        const W even = _mm256_unpacklo_epi64(low, high);
+        const W odd = _mm256_unpackhi_epi64(low, high);
+        store_ints(dst, _mm256_permute2x128_si256(even, odd, 0x20));
+        store_ints(dst + 8, _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+
+    static D get_wide(const double* p) { return _mm256_loadu_pd(p); }
+    static void put_wide(double* p, D x) { _mm256_storeu_pd(p, x); }
+    static D to_doubles(const float* p) { return _mm256_cvtps_pd(_mm_load_ps(p)); }
+    static D add_doubles(D a, D b) { return _mm256_add_pd(a, b); }
+    static D add_product(D acc, D a, D b) { return _mm256_fmadd_pd(a, b, acc); }
 };
 
 }  // namespace

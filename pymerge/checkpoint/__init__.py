@@ -1,9 +1,18 @@
 """Where weights come from and go to: headers, sources, hub, output layout, config and manifest."""
 
+from pymerge.checkpoint.adapter import AdapterTensor, LowRank, nominal_format, update_of
 from pymerge.checkpoint.config import config_json, layer_count, output_config
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
 from pymerge.checkpoint.index import INDEX_NAME
-from pymerge.checkpoint.layout import OutputTensor, ShardLayout, index_json, plan_shards
+from pymerge.checkpoint.layout import (
+    TASKS_FILE,
+    TASKS_NAME,
+    TASKS_STEM,
+    OutputTensor,
+    ShardLayout,
+    index_json,
+    plan_shards,
+)
 from pymerge.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -18,9 +27,14 @@ from pymerge.checkpoint.verify import VerifyReport, verify_folder
 __all__ = [
     "INDEX_NAME",
     "MANIFEST_NAME",
+    "TASKS_FILE",
+    "TASKS_NAME",
+    "TASKS_STEM",
+    "AdapterTensor",
     "Checkpoint",
     "FileRecord",
     "Header",
+    "LowRank",
     "Manifest",
     "OutputTensor",
     "ShardLayout",
@@ -32,6 +46,7 @@ __all__ = [
     "is_head",
     "layer_count",
     "manifest_json",
+    "nominal_format",
     "open_checkpoint",
     "output_config",
     "plan_shards",
@@ -39,5 +54,6 @@ __all__ = [
     "read_manifest",
     "skipped_files",
     "tokenizer_files",
+    "update_of",
     "verify_folder",
 ]

@@ -11,10 +11,6 @@ from pymerge.checkpoint.strict_json import shown
 from pymerge.errors import CheckpointError
 from pymerge.names import nearest
 
-NO_ADAPTERS = (
-    "LoRA adapters are not supported in this version: merge the adapter into its base with PEFT "
-    "(merge_and_unload, save_pretrained) and name the result"
-)
 SIDE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*.py")
 WEIGHT_PATTERNS = ("*.safetensors",)
 PICKLE_PATTERNS = ("*.bin",)
@@ -58,11 +54,6 @@ def download(reference: str, *, allow_pickle: bool = False) -> Path:
 def parse_hub_reference(reference: str) -> tuple[str, str | None]:
     """Hub id and revision. Raises CheckpointError where the text can be no hub id."""
     hub_id, at, revision = reference.partition("@")
-    if "+" in reference:
-        raise CheckpointError(
-            f"model {shown(reference)}: expected a path or hub id, found base+adapter; "
-            f"{NO_ADAPTERS}"
-        )
     if at and os.path.exists(hub_id):
         raise CheckpointError(
             f"model {shown(reference)}: expected a hub id before '@', found a local path, which "

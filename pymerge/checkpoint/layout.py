@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ from pymerge.checkpoint.strict_json import shown
 from pymerge.errors import PlanError
 from pymerge.formats import Format
 
+#: What the files beside a model are called, and what describes them.
+TASKS_STEM = "tasks"
+TASKS_FILE = re.compile(rf"{TASKS_STEM}(-\d+-of-\d+)?\.safetensors")
+TASKS_NAME = "tasks.json"
 #: Data begins at a multiple of this, so that tensors of whole pages are page-aligned in the file.
 PAGE_BYTES = 4096
 METADATA = {"format": "pt"}
@@ -83,7 +88,9 @@ def encode_header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) 
     return padded.to_bytes(LENGTH_BYTES, "little") + text.ljust(padded, b" ")
 
 
-def plan_shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[ShardLayout]:
+def plan_shards(
+    tensors: Sequence[OutputTensor], shard_bytes: int, stem: str = "model"
+) -> list[ShardLayout]:
     """Cut the tensors, in order, into files of at most ``shard_bytes`` payload; 0 means one file.
 
     A tensor larger than that gets a file of its own. Raises PlanError for no tensors, a name given
@@ -107,7 +114,7 @@ def plan_shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[Shard
             payload = 0
         groups[-1].append(tensor)
         payload += tensor.num_bytes
-    return [_lay_out(_file_name(i, len(groups)), group) for i, group in enumerate(groups)]
+    return [_lay_out(_file_name(stem, i, len(groups)), group) for i, group in enumerate(groups)]
 
 
 def index_json(shards: Sequence[ShardLayout]) -> bytes:
@@ -119,10 +126,10 @@ def index_json(shards: Sequence[ShardLayout]) -> bytes:
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _file_name(shard: int, num_shards: int) -> str:
+def _file_name(stem: str, shard: int, num_shards: int) -> str:
     if num_shards == 1:
-        return "model.safetensors"
-    return f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        return f"{stem}.safetensors"
+    return f"{stem}-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
 
 
 def _lay_out(file_name: str, tensors: Sequence[OutputTensor]) -> ShardLayout:

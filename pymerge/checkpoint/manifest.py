@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pymerge._version import __version__
@@ -80,13 +81,15 @@ def manifest_json(
     checksums: Mapping[str, int],
     nonfinite: Mapping[str, int],
     files: Mapping[str, FileRecord],
+    task_shards: Sequence[ShardLayout] = (),
+    task_checksums: Mapping[str, int] = MappingProxyType({}),
 ) -> bytes:
     """The text of the manifest.
 
     ``backends`` maps ops to the backend that ran them, ``checksums`` tensors to the CRC-32C of
     their bytes, ``nonfinite`` tensors to the number of their non-finite elements (zeros are left
     out) and ``files`` the other files of the output, by their name below its folder; the index of
-    several shards is added to them.
+    several shards is added to them. ``task_shards`` are the shards beside the model's.
     """
     files = dict(files)
     if len(shards) > 1:
@@ -99,17 +102,7 @@ def manifest_json(
         "plan": plan_hash,
         "inputs": [_input_record(checkpoint) for checkpoint in inputs],
         "backends": dict(backends),
-        "shards": {
-            shard.file_name: {
-                "bytes": shard.num_bytes,
-                "header_sha256": hashlib.sha256(shard.header).hexdigest(),
-                "tensors": {
-                    name: {"crc32c": f"{checksums[name]:08x}", "bytes": num_bytes}
-                    for name, (_, num_bytes) in shard.tensors.items()
-                },
-            }
-            for shard in shards
-        },
+        "shards": _shard_records(shards, checksums) | _shard_records(task_shards, task_checksums),
         "nonfinite": {name: count for name, count in nonfinite.items() if count},
         "files": {
             name: {"bytes": record.num_bytes, "sha256": record.sha256}
@@ -117,6 +110,22 @@ def manifest_json(
         },
     }
     return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _shard_records(
+    shards: Sequence[ShardLayout], checksums: Mapping[str, int]
+) -> dict[str, object]:
+    return {
+        shard.file_name: {
+            "bytes": shard.num_bytes,
+            "header_sha256": hashlib.sha256(shard.header).hexdigest(),
+            "tensors": {
+                name: {"crc32c": f"{checksums[name]:08x}", "bytes": num_bytes}
+                for name, (_, num_bytes) in shard.tensors.items()
+            },
+        }
+        for shard in shards
+    }
 
 
 def _instead(folder: Path) -> str:

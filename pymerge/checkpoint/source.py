@@ -6,17 +6,20 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import hub, pickle
+from pymerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from pymerge.checkpoint.config import CONFIG_NAME, read_json_object, tie_flag
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
 from pymerge.checkpoint.index import INDEX_NAME, INDEX_SUFFIX, check_agreement, read_index
+from pymerge.checkpoint.layout import TASKS_FILE
 from pymerge.checkpoint.quantization import refuse_quantized_config, refuse_quantized_tensors
 from pymerge.checkpoint.strict_json import shown, shown_names
 from pymerge.errors import CheckpointError
+from pymerge.names import split_adapter
 
 SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -38,7 +41,8 @@ class Checkpoint:
     """A model whose headers were read and found consistent.
 
     ``folder`` holds config and tokenizer files and is None for a bare weights file. ``hub_id`` is
-    set where the model came from the hub. ``tensors`` is ordered by shard, then offset.
+    set where the model came from the hub. ``tensors`` is ordered by shard, then offset; with a LoRA
+    adapter those that it changes say how (``adapter.AdapterTensor``). ``warnings`` are sentences.
     """
 
     reference: str
@@ -47,6 +51,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     config: dict[str, Any] | None
     hub_id: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -68,12 +73,54 @@ class Checkpoint:
         return is_causal and not any(map(is_head, self.tensors))
 
 
-def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    reference: str, *, adapter: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """Open a folder, a weights file, an index file or a hub model (``id`` or ``id@revision``).
 
-    An existing local path wins over the hub. With ``allow_pickle`` PyTorch files are converted into
-    the user's cache; without it they are refused. Raises CheckpointError.
+    An existing local path wins over the hub. ``base+adapter``, or ``adapter`` beside the base, puts
+    a LoRA adapter on the model; the folder of an adapter alone is one on the base that it names.
+    With ``allow_pickle`` PyTorch files are converted into the user's cache; without it they are
+    refused. Raises CheckpointError.
     """
+    from pymerge.checkpoint.adapter import apply_adapter, base_of, open_adapter
+
+    if adapter is None:
+        try:
+            reference, adapter = split_adapter(reference)
+        except ValueError as error:
+            raise CheckpointError(f"model {shown(reference)}: {error}") from None
+    if adapter is not None:
+        base = _open_base(reference, allow_pickle)
+        return apply_adapter(base, open_adapter(adapter, allow_pickle=allow_pickle))
+    opened = _open(reference, allow_pickle)
+    if isinstance(opened, Checkpoint):
+        return opened
+    alone = open_adapter(reference, allow_pickle=allow_pickle)
+    name = base_of(alone)
+    try:
+        base = _open_base(name, allow_pickle)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{alone.config.path}, field base_model_name_or_path: the base of the adapter cannot "
+            f"be opened: {error}. Write the model as base+adapter to name another place"
+        ) from error
+    return replace(apply_adapter(base, alone), reference=reference)
+
+
+def _open_base(reference: str, allow_pickle: bool) -> Checkpoint:
+    """A model to put an adapter on."""
+    opened = _open(reference, allow_pickle)
+    if isinstance(opened, Checkpoint):
+        return opened
+    raise CheckpointError(
+        f"model {shown(reference)}: expected a whole model under the adapter, found the adapter "
+        f"{opened}; merge that one into its base first"
+    )
+
+
+def _open(reference: str, allow_pickle: bool) -> Checkpoint | Path:
+    """The model, or the folder where it is an adapter."""
     path = Path(reference)
     # pathlib takes an empty text for the current folder.
     status = _status(path) if reference else None
@@ -83,7 +130,17 @@ def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint
         hub_id = reference
     elif not stat.S_ISDIR(status.st_mode):
         return _open_file(reference, path, allow_pickle)
-    return _open_folder(reference, path, _find_index(path), hub_id, allow_pickle)
+    index = _find_index(path)
+    if index is None and (path / ADAPTER_CONFIG_NAME).exists() and not _holds_model(path):
+        return path
+    return _open_folder(reference, path, index, hub_id, allow_pickle)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder with an adapter holds a whole model beside it."""
+    return any((folder / name).exists() for name in (SINGLE_FILE, "pytorch_model.bin")) or any(
+        _SHARD_NUMBER.search(path.name) for path in folder.glob("model*")
+    )
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -189,6 +246,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     """The weights of a folder without an index, in shard order."""
     names = [path.name for path in folder.glob("*.safetensors")]
     names = [name for name in names if not name.startswith("adapter_model")]
+    names = [name for name in names if not TASKS_FILE.fullmatch(name)]
     if SINGLE_FILE in names:
         return [folder / SINGLE_FILE]
     # Some models ship the same weights a second time under their makers' own names.
@@ -243,8 +301,6 @@ def _nothing_found(reference: str, folder: Path) -> str:
         f"model {shown(reference)}, folder {folder}: expected {SINGLE_FILE}, numbered shards or an "
         "index"
     )
-    if (folder / "adapter_config.json").exists():
-        return f"{found}, found a LoRA adapter; {hub.NO_ADAPTERS}"
     if any(folder.glob("*.gguf")):
         return f"{found}, found GGUF files; {_conversion_advice('.gguf')}"
     if any(folder.glob("*.partial")):

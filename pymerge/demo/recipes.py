@@ -2,14 +2,15 @@
 
 Fixed settings are the usual ones for eight tasks: task arithmetic (arXiv:2212.04089) with lambda
 0.3, TIES (arXiv:2306.01708) with density 0.2 and lambda 1, which its authors recommend where
-nothing can be tuned. Where lambda is tuned, it is tuned on the selection parts and the row is
-marked with a star.
+nothing can be tuned; what drops at random keeps as much as TIES does and takes task arithmetic's
+lambda, the rest the methods' defaults. Where lambda is tuned, it is tuned on the selection parts
+and the row is marked with a star.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ import yaml
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table: a method and its parameters; ``lambdas`` are tried to tune it."""
+    """One row of the table: a method, its shared parameters and those of each model.
+
+    ``lambdas`` are tried to tune it. ``per_task`` marks a method whose output holds a model for
+    each task: each is judged on its own task.
+    """
 
     name: str
     title: str
     method: str
-    parameters: Mapping[str, Any]
-    density: float | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, float] = field(default_factory=dict)
     lambdas: Sequence[float] = ()
+    per_task: bool = False
 
     @property
     def tuned(self) -> bool:
@@ -38,40 +44,57 @@ class Configuration:
         return replace(self, title=title, parameters=parameters, lambdas=())
 
 
+WEIGHT = {"weight": 1.0}
+SPARSE = {"weight": 1.0, "density": 0.2}
+SUM = {"lambda": 0.3}
 TIES = {"normalize": True, "lambda": 1.0}
 CONFIGURATIONS = (
-    Configuration("pretrained", "base (passthrough)", "passthrough", {}),
-    Configuration("mean", "mean (linear)", "linear", {"normalize": True}),
+    Configuration("pretrained", "base (passthrough)", "passthrough"),
+    Configuration("mean", "mean (linear)", "linear", {"normalize": True}, WEIGHT),
+    Configuration("karcher", "Karcher mean", "karcher"),
+    Configuration("multislerp", "multi-SLERP", "multislerp", {}, WEIGHT),
+    Configuration("model-stock", "Model Stock", "model_stock"),
     Configuration(
         "task-arithmetic",
         "task arithmetic λ=0.3",
         "task_arithmetic",
-        {"normalize": False, "lambda": 0.3},
+        {**SUM, "normalize": False},
+        WEIGHT,
     ),
-    Configuration("ties", "TIES λ=1", "ties", TIES, density=0.2),
+    Configuration("ties", "TIES λ=1", "ties", TIES, SPARSE),
     Configuration(
-        "ties-model",
-        "TIES λ=1 model-wide",
-        "ties",
-        {**TIES, "trim_scope": "model"},
-        density=0.2,
+        "ties-model", "TIES λ=1 model-wide", "ties", {**TIES, "trim_scope": "model"}, SPARSE
     ),
+    Configuration("dare-linear", "DARE λ=0.3", "dare_linear", SUM, SPARSE),
+    Configuration("dare-ties", "DARE-TIES λ=0.3", "dare_ties", SUM, SPARSE),
+    Configuration("della", "DELLA λ=1", "della", {}, {**SPARSE, "epsilon": 0.1}),
+    Configuration(
+        "della-linear", "DELLA linear λ=0.3", "della_linear", SUM, {**SPARSE, "epsilon": 0.1}
+    ),
+    Configuration("breadcrumbs", "Breadcrumbs λ=0.3", "breadcrumbs", SUM, SPARSE),
+    Configuration("breadcrumbs-ties", "Breadcrumbs-TIES λ=0.3", "breadcrumbs_ties", SUM, SPARSE),
+    Configuration("sce", "SCE", "sce", {"select_topk": 0.2}),
+    Configuration("pcb", "PCB", "pcb"),
+    Configuration("ram", "RAM", "ram"),
+    Configuration("ramplus", "RAM+", "ramplus_tl"),
+    Configuration("magmax", "MagMax λ=0.5", "magmax"),
+    Configuration("consensus-ta", "Consensus TA α=0.3", "consensus_ta", {"alpha": 0.3}),
     Configuration(
         "task-arithmetic-tuned",
         "task arithmetic",
         "task_arithmetic",
         {"normalize": False},
+        WEIGHT,
         lambdas=(0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
     ),
-    Configuration(
-        "ties-tuned",
-        "TIES",
-        "ties",
-        TIES,
-        density=0.2,
-        lambdas=(1.0, 1.5, 2.0),
-    ),
+    Configuration("ties-tuned", "TIES", "ties", TIES, SPARSE, lambdas=(1.0, 1.5, 2.0)),
+    Configuration("tall-masks", "TALL masks, own task", "tall_masks", per_task=True),
+    Configuration("emr", "EMR, own task", "emr", per_task=True),
 )
+
+
+#: Methods to which the base is a model like any other, or none.
+WITHOUT_BASE = ("linear", "karcher")
 
 
 def recipe(configuration: Configuration, base: Path, experts: Sequence[Path]) -> dict[str, Any]:
@@ -81,12 +104,10 @@ def recipe(configuration: Configuration, base: Path, experts: Sequence[Path]) ->
     if method == "passthrough":
         document["models"] = [{"model": str(base)}]
     else:
-        if method != "linear":
+        if method not in WITHOUT_BASE:
             document["base_model"] = str(base)
-        own: dict[str, float] = {"weight": 1.0}
-        if configuration.density is not None:
-            own["density"] = configuration.density
-        document["models"] = [{"model": str(path), "parameters": dict(own)} for path in experts]
+        own = {"parameters": dict(configuration.own)} if configuration.own else {}
+        document["models"] = [{"model": str(path), **own} for path in experts]
     if configuration.parameters:
         document["parameters"] = dict(configuration.parameters)
     document["dtype"] = "float32"

@@ -93,6 +93,16 @@ class Bench:
         with self.timed("evaluation"):
             return evaluate(folder, self.tasks, part)
 
+    def score_tasks(self, folder: Path) -> dict[str, float]:
+        """Each task's model, rebuilt from the task outputs in ``folder``, on its own task."""
+        scores = {}
+        for task in self.tasks:
+            target = folder.with_name(f"{folder.name}-{task.name}")
+            with self.timed("merging"):
+                pymerge.materialize(folder, str(self.models[task.name]), target, overwrite=True)
+            scores[task.name] = self.score(target, "test")[task.name]
+        return scores
+
     def tune(self, configuration: Configuration) -> float:
         """The lambda with the best mean accuracy on the selection parts; the smaller of equals."""
         best_lambda, best = 0.0, -1.0
@@ -135,7 +145,8 @@ def run_demo(out: Path, console: Console, settings: Settings | None = None) -> D
             lambdas[configuration.name] = bench.tune(configuration)
             chosen = configuration.with_lambda(lambdas[configuration.name])
         folder = bench.merge(chosen, "merged", chosen.name)
-        rows.append(Row(chosen.name, chosen.title, bench.score(folder, "test")))
+        scores = bench.score_tasks(folder) if chosen.per_task else bench.score(folder, "test")
+        rows.append(Row(chosen.name, chosen.title, scores))
     experts = Row(
         "experts",
         "experts, own task",

@@ -71,5 +71,14 @@ class BlockPool:
             self._condition.notify_all()
 
     @property
+    def address(self) -> int:
+        """Where the arena begins."""
+        return self._arena.address
+
+    @property
+    def num_bytes(self) -> int:
+        return self.block_bytes * self.num_blocks
+
+    @property
     def num_free(self) -> int:
         return len(self._free)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +12,10 @@ from pymerge.engine.blocks import BlockPool, Stopped
 from pymerge.engine.events import Events
 from pymerge.engine.output import Output
 from pymerge.engine.sources import Sources
+from pymerge.engine.updates import Updates
+from pymerge.methods.protocol import Tile
+from pymerge.ops.executor import make_executor
+from pymerge.ops.view import View
 from pymerge.plan import Plan
 
 
@@ -29,13 +33,18 @@ class Context:
         self.output = output
         self.events = events
         self.pool = BlockPool(tiling.block_bytes, tiling.num_blocks)
+        self.executor = make_executor(
+            plan.ops, tiling.threads, (self.pool.address, self.pool.num_bytes)
+        )
+        self.ops = self.executor.ops
         self._tasks = ThreadPoolExecutor(
             tiling.threads + tiling.readers, thread_name_prefix="pymerge-task"
         )
         # One tile beyond those the tasks carry waits its turn: more would only touch more memory.
         self._in_flight = threading.Semaphore(tiling.threads + tiling.readers + 1)
-        self._slots = threading.Semaphore(tiling.threads)
+        self._slots = threading.Semaphore(self.executor.num_slots)
         self._stopping = threading.Event()
+        self.updates = Updates(self)
 
     def acquire_tile(self, count: int) -> list[int]:
         """Wait until another tile may pass through, and for its blocks.
@@ -66,6 +75,14 @@ class Context:
             raise
 
     @contextmanager
+    def here(
+        self, tile: Tile, outputs: Sequence[View] = ()
+    ) -> Iterator[tuple[Tile, Sequence[View]]]:
+        """The tile and its outputs in the memory of the ops."""
+        with self.executor.here(tile.views, outputs) as (views, results):
+            yield tile.at(views), results
+
+    @contextmanager
     def computing(self, tensor: str, num_bytes: int) -> Iterator[None]:
         """Hold one of the compute slots."""
         with self._slots:
@@ -85,4 +102,5 @@ class Context:
 
     def close(self) -> None:
         self._tasks.shutdown(wait=True)
+        self.executor.close()
         self.sources.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 from pymerge.checkpoint import (
     INDEX_NAME,
     MANIFEST_NAME,
+    TASKS_NAME,
     Checkpoint,
     FileRecord,
     Manifest,
@@ -61,7 +62,11 @@ def finished_manifest(plan: Plan, folder: Path, files: Mapping[str, bytes]) -> M
         ) from error
     try:
         manifest = read_manifest(folder)
-        if manifest.content.get("plan") != plan.hash or manifest.files != _records(plan, files):
+        if manifest.content.get("plan") != plan.hash:
+            return None
+        # What is known only after the merge is compared with itself, below.
+        known = {name: record for name, record in manifest.files.items() if name != TASKS_NAME}
+        if known != _records(plan, files) or bool(plan.tasks) != (TASKS_NAME in manifest.files):
             return None
         whole = all(
             (folder / shard.file_name).stat().st_size == shard.num_bytes for shard in plan.shards
@@ -76,8 +81,8 @@ def finished_manifest(plan: Plan, folder: Path, files: Mapping[str, bytes]) -> M
 def _records(plan: Plan, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
     """What the manifest says of the files beside the weights."""
     found = {name: FileRecord.of_bytes(content) for name, content in files.items()}
-    if len(plan.shards) > 1:
-        found[INDEX_NAME] = FileRecord.of_bytes(index_json(plan.shards))
+    if len(plan.model_shards) > 1:
+        found[INDEX_NAME] = FileRecord.of_bytes(index_json(plan.model_shards))
     return found
 
 
@@ -89,8 +94,14 @@ def make_manifest(plan: Plan, records: Mapping[str, Record], files: Mapping[str,
         plan_hash=plan.hash,
         inputs=tuple(plan.checkpoints.values()),
         backends=plan.ops.backends,
-        shards=plan.shards,
+        shards=plan.model_shards,
+        task_shards=plan.task_shards,
         checksums={name: record.crc32c for name, record in records.items()},
+        task_checksums={
+            part.name: crc
+            for job in plan.jobs
+            for part, crc in zip(job.parts, records[job.name].parts, strict=True)
+        },
         nonfinite={name: record.nonfinite for name, record in records.items()},
         files={name: FileRecord.of_bytes(content) for name, content in files.items()},
     )
@@ -116,6 +127,7 @@ def _card(plan: Plan) -> str:
         recipe=plan.recipe_text,
         dtype=max(sizes, key=lambda name: (sizes[name], name)),
         num_tensors=len(plan.jobs),
+        tasks=plan.tasks,
     )
 
 

@@ -16,6 +16,7 @@ from pymerge import _C
 from pymerge.checkpoint import (
     INDEX_NAME,
     MANIFEST_NAME,
+    TASKS_FILE,
     FileRecord,
     ShardLayout,
     read_manifest,
@@ -29,9 +30,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 #: Other files that only a model has.
 _BESIDE_WEIGHTS = (INDEX_NAME, "config.json", MANIFEST_NAME)
 #: What a loader would take for a part of the model of a folder, and an overwriting merge removes.
-_MODEL_FILE = re.compile(r"(pytorch_)?model([-.].+)?\.(safetensors|bin)(\.index\.json)?")
+_MODEL_FILE = re.compile(
+    r"(pytorch_)?model([-.].+)?\.(safetensors|bin)(\.index\.json)?|" + TASKS_FILE.pattern
+)
 #: What an unfinished merge calls its shards.
-_PARTIAL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors\.partial")
+_PARTIAL_FILE = re.compile(r"(model|tasks)(-\d+-of-\d+)?\.safetensors\.partial")
 
 
 class Folder:

@@ -5,7 +5,8 @@ One JSON object a line:
 
 1. ``{"plan": hash, "boot": id}`` opens the journal; a resume needs an equal plan hash.
 2. ``{"tensor": name, "crc32c": hex, "nonfinite": n}`` follows once all bytes of a tensor were
-   handed to the system. A killed process loses nothing of that: the page cache survives it.
+   handed to the system; with ``parts`` and ``values`` where a method puts more beside it. A killed
+   process loses nothing of that: the page cache survives it.
 3. ``{"durable": n}`` follows once the bytes of the first n tensors are on the device. After a power
    loss (another boot id) only those count.
 
@@ -23,7 +24,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pymerge.errors import StorageError
 
@@ -35,10 +36,13 @@ UNKNOWN_BOOT = "unknown"
 
 @dataclass(frozen=True)
 class Record:
-    """One finished tensor: checksum of its output bytes and its count of non-finite elements."""
+    """One finished tensor: checksum of its output bytes and its count of non-finite elements; the
+    checksums of its parts and what was measured while they were written."""
 
     crc32c: int
     nonfinite: int
+    parts: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
 
 
 class Found(NamedTuple):
@@ -117,8 +121,7 @@ class Journal:
                 elif "durable" in entry:
                     durable = int(entry["durable"])
                 else:
-                    record = Record(int(entry["crc32c"], 16), int(entry["nonfinite"]))
-                    tensors.append((str(entry["tensor"]), record))
+                    tensors.append((str(entry["tensor"]), _record(entry)))
             except (ValueError, KeyError, TypeError, RecursionError):
                 break
         if boot != _boot_id() or boot == UNKNOWN_BOOT:
@@ -159,7 +162,11 @@ class Journal:
     def add(self, name: str, record: Record) -> None:
         """Record a tensor whose bytes were all written."""
         crc = f"{record.crc32c:08x}"
-        self._append({"tensor": name, "crc32c": crc, "nonfinite": record.nonfinite})
+        entry: dict[str, object] = {"tensor": name, "crc32c": crc, "nonfinite": record.nonfinite}
+        if record.parts:
+            entry["parts"] = [f"{part:08x}" for part in record.parts]
+            entry["values"] = record.values  # as text a float64 keeps its value
+        self._append(entry)
         self.num_records += 1
 
     def mark_durable(self, num_records: int) -> None:
@@ -190,6 +197,16 @@ class Journal:
         line = _line(entry)
         while line:
             line = line[os.write(self._fd, line) :]
+
+
+def _record(entry: dict[str, Any]) -> Record:
+    """Raises KeyError, TypeError or ValueError where the line is not one of ours."""
+    return Record(
+        int(entry["crc32c"], 16),
+        int(entry["nonfinite"]),
+        tuple(int(part, 16) for part in entry.get("parts", ())),
+        tuple(float(value) for value in entry.get("values", ())),
+    )
 
 
 def _line(entry: dict[str, object]) -> bytes:

@@ -6,8 +6,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from pymerge.engine.context import Context
-from pymerge.engine.tensor_run import Folded, TensorRun, gather
-from pymerge.methods.protocol import Measure, answer
+from pymerge.engine.gather import gather
+from pymerge.engine.tensor_run import TensorRun
+from pymerge.methods.protocol import Folded, Measure, answer
 
 
 def measure_model(context: Context) -> Any:
@@ -29,7 +30,14 @@ def measure_model(context: Context) -> Any:
 
         def start(run: TensorRun, index: int) -> Future[Any]:
             owners.append(run.job.name)
-            return run.submit_look(index, look)
+            context.updates.hold(run.job)
+            try:
+                future = run.submit_look(index, look)
+            except BaseException:
+                context.updates.release(run.job)
+                raise
+            future.add_done_callback(lambda _: context.updates.release(run.job))
+            return future
 
         results = gather(start(run, index) for run in runs for index in range(run.num_tiles))
         if total is not None:

@@ -10,11 +10,11 @@
 3. Tensors are written in place and journalled when all their bytes are written; every few seconds
    the shards are synced and the journal marks what is durable.
 4. A shard whose tensors are all written gets its header, a sync, then the eight length bytes, a
-   sync. Where there are several shards it is renamed then: without the index no loader takes the
-   folder for a model.
+   sync. Where the model has several shards it is renamed then: without the index no loader takes
+   the folder for a model. So are the shards of what stands beside a model, which no loader reads.
 5. All shards complete: configuration, tokenizer, card and manifest, each by temporary file and
-   rename, and a sync of their folders; then the commit mark, which is the index or, for a single
-   shard, its rename; then the journal is removed.
+   rename, and a sync of their folders; then the commit mark, which is the index or, for a model of
+   one shard, its rename; then the journal is removed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pymerge.checkpoint import (
 from pymerge.engine.folder import Folder
 from pymerge.engine.journal import Journal, Record
 from pymerge.errors import PlanError, StorageError
-from pymerge.plan import Job, Plan
+from pymerge.plan import Job, Part, Plan
 
 SYNC_SECONDS = 10.0
 SYNC_BYTES = 2 << 30
@@ -68,6 +68,10 @@ class Output:
             raise StorageError(f"cannot create the output folder {folder}: {error}") from error
         self._journal = Journal(folder)
         self._shards: list[_C.ShardFile | None] = [None] * len(plan.shards)
+        self._jobs_of_shards: list[list[str]] = [[] for _ in plan.shards]
+        for job in plan.jobs:
+            for shard in _shards_of(job):
+                self._jobs_of_shards[shard].append(job.name)
         try:
             with self._storage_errors():
                 self._open(overwrite)
@@ -75,23 +79,23 @@ class Output:
             self.close()
             raise
         self.resumed = frozenset(self.records)
-        self._left = [0] * len(plan.shards)
-        for job in plan.jobs:
-            self._left[job.shard] += job.name not in self.records
+        self._left = [
+            sum(name not in self.records for name in names) for names in self._jobs_of_shards
+        ]
 
-    def write(self, job: Job, first_byte: int, address: int, num_bytes: int) -> None:
+    def write(self, place: Job | Part, first_byte: int, address: int, num_bytes: int) -> None:
         """Write bytes of a tensor to their final place.
 
         :raises StorageError: the device is full or failed; what was written so far can be resumed.
         """
-        shard = self._shards[job.shard]
+        shard = self._shards[place.shard]
         if shard is None:
-            raise RuntimeError(f"shard {job.shard} of tensor {job.name!r} is complete already")
+            raise RuntimeError(f"shard {place.shard} of tensor {place.name!r} is complete already")
         with self._storage_errors():
-            shard.write(job.offset + first_byte, address, num_bytes)
+            shard.write(place.offset + first_byte, address, num_bytes)
 
     def finish(self, job: Job, record: Record) -> None:
-        """Journal a tensor whose bytes are all written; complete its shard if it was the last.
+        """Journal a tensor whose bytes are all written; complete a shard if it was its last.
 
         :raises StorageError: the device is full or failed; what was written so far can be resumed.
         """
@@ -99,16 +103,19 @@ class Output:
             with self._storage_errors():
                 self._journal.add(job.name, record)
             self.records[job.name] = record
-            self._left[job.shard] -= 1
-            last = self._left[job.shard] == 0
-            self._unsynced += job.num_bytes
+            full = []
+            for shard in _shards_of(job):
+                self._left[shard] -= 1
+                if self._left[shard] == 0:
+                    full.append(shard)
+            self._unsynced += job.output_bytes
             now = time.monotonic()
             due = self._unsynced >= SYNC_BYTES or now - self._last_sync >= SYNC_SECONDS
             if due:
                 self._unsynced, self._last_sync = 0, now
-        if last:
-            self._complete(job.shard)
-        elif due:
+        for shard in full:
+            self._complete(shard)
+        if due and not full:
             self.make_durable()
 
     def make_durable(self) -> None:
@@ -154,12 +161,12 @@ class Output:
                 self._place.replace(name, content)
             self._place.replace(MANIFEST_NAME, manifest)
             self._place.sync_names_of(files)
-            if len(self.plan.shards) == 1:
+            if len(self.plan.model_shards) == 1:
                 layout = self.plan.shards[0]
                 if self._place.partial(layout).exists():
                     os.replace(self._place.partial(layout), self.folder / layout.file_name)
             else:
-                self._place.replace(INDEX_NAME, index_json(self.plan.shards))
+                self._place.replace(INDEX_NAME, index_json(self.plan.model_shards))
             self._place.sync_names()
             self._journal.remove()
             self._place.sync_names()
@@ -219,14 +226,21 @@ class Output:
             raise
 
     def _recall(self, records: Mapping[str, Record]) -> None:
-        """Take over the journal's records of tensors whose shard is still there."""
+        """Take over the journal's records of tensors whose shards are still there."""
         self.records = {
             job.name: records[job.name] for job in self.plan.jobs if job.name in records
         }
-        for number, layout in enumerate(self.plan.shards):
-            if not self._is_complete(number) and not self._place.is_begun(layout):
-                for name in layout.tensors:
+        # A tensor that is lost with one shard may make another, complete one incomplete.
+        while lost := [number for number in range(len(self.plan.shards)) if self._is_lost(number)]:
+            for number in lost:
+                for name in self._jobs_of_shards[number]:
                     self.records.pop(name, None)
+
+    def _is_lost(self, number: int) -> bool:
+        """Whether the journal speaks of tensors in a shard that is not there."""
+        recorded = any(name in self.records for name in self._jobs_of_shards[number])
+        begun = self._place.is_begun(self.plan.shards[number])
+        return recorded and not begun and not self._is_complete(number)
 
     def _open_shards(self) -> None:
         created = []
@@ -261,7 +275,8 @@ class Output:
         """Whether a shard was completed and renamed by the run that is being continued."""
         layout = self.plan.shards[number]
         path = self.folder / layout.file_name
-        if not self.records or any(name not in self.records for name in layout.tensors):
+        names = self._jobs_of_shards[number]
+        if not self.records or any(name not in self.records for name in names):
             return False
         if self._place.partial(layout).exists() or not path.exists():
             return False
@@ -291,7 +306,8 @@ class Output:
                 with self._lock:
                     self._shards[number] = None
                 shard.close()
-            if len(self.plan.shards) > 1:
+            num_model_shards = len(self.plan.model_shards)
+            if num_model_shards > 1 or number >= num_model_shards:
                 os.replace(self._place.partial(layout), self.folder / layout.file_name)
                 self._place.sync_names()
 
@@ -308,7 +324,7 @@ class Output:
                 free = f"{_C.free_bytes(str(self.folder)):,}"
             except OSError:
                 free = "unknown"
-            left = sum(job.num_bytes for job in self.plan.jobs if job.name not in self.records)
+            left = sum(job.output_bytes for job in self.plan.jobs if job.name not in self.records)
             return StorageError(
                 f"no space left while writing to {self.folder}: up to {left:,} bytes are still to "
                 f"be written, {free} are free ({error}); free space and run the same command to "
@@ -318,6 +334,11 @@ class Output:
             f"writing to {self.folder} failed: {error}; check the device, then run the same "
             "command to continue"
         )
+
+
+def _shards_of(job: Job) -> set[int]:
+    """Numbers of the shards that hold the job's outputs."""
+    return {job.shard, *(part.shard for part in job.parts)}
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -17,11 +17,12 @@ from typing import Literal
 from pymerge.engine.blocks import Stopped
 from pymerge.engine.context import Context
 from pymerge.engine.events import Events, Snapshot
-from pymerge.engine.finish import finished_manifest
+from pymerge.engine.finish import finished_manifest, make_manifest
 from pymerge.engine.model_look import measure_model
 from pymerge.engine.open_files import room_for_files
 from pymerge.engine.output import Output
 from pymerge.engine.sources import Sources
+from pymerge.engine.tasks import task_files
 from pymerge.engine.tensor_run import TensorRun
 from pymerge.errors import InterruptedMerge, PymergeError
 from pymerge.plan import Plan
@@ -67,7 +68,6 @@ def run_plan(
     out: Path,
     *,
     side_files: Mapping[str, bytes],
-    make_manifest: Callable[[Output], bytes],
     overwrite: bool = False,
     nonfinite: NonFinite = "warn",
     sync: bool = True,
@@ -109,7 +109,8 @@ def run_plan(
             found = {name: r.nonfinite for name, r in sorted(output.records.items()) if r.nonfinite}
             _check_finite(found, nonfinite)
             output.complete_resumed()
-            output.commit(side_files, make_manifest(output))
+            files = {**side_files, **task_files(plan, output.records)}
+            output.commit(files, make_manifest(plan, output.records, files))
         except InterruptedMerge as stop:
             output.make_durable()
             raise InterruptedMerge(
@@ -216,7 +217,7 @@ def _run_lanes(
     runner = threading.Thread(target=everything, name="pymerge-run")
     runner.start()
     shown = time.monotonic()
-    totals = (_bytes_to_read(context), sum(job.num_bytes for job in todo), len(plan.jobs))
+    totals = (_bytes_to_read(context), sum(job.output_bytes for job in todo), len(plan.jobs))
     try:
         while runner.is_alive():
             runner.join(0.05)
@@ -247,7 +248,7 @@ def _bytes_to_read(context: Context) -> int:
         passes = plan.looks[job.name]
         if job.name in done:
             passes = passes - 1 if plan.model_wide else 0
-        total += job.source_bytes * passes
+        total += job.source_bytes * passes + (job.once_bytes if passes else 0)
     return total
 
 

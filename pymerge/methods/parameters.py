@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pymerge.errors import RecipeError
-from pymerge.methods.spec import ParameterSpec
+from pymerge.methods.spec import PRESET, ParameterSpec
 
 WEIGHT = ParameterSpec("weight", "float", "model", None, "Relative weight of the model.")
 DENSITY = ParameterSpec(
@@ -28,6 +28,19 @@ INT8_MASK = ParameterSpec(
     "Accepted for mergekit's recipes; masks are never stored, so it changes nothing.",
     ignored=True,
 )
+
+
+def preset(default: str, presets: Mapping[str, str]) -> ParameterSpec:
+    """The switch between sets of defaults; ``presets`` maps each name to what it follows."""
+    follows = "; ".join(f"{name}: {what}" for name, what in presets.items())
+    return ParameterSpec(
+        PRESET,
+        "str",
+        "shared",
+        default,
+        f"Whose defaults the parameters that are not given take. {follows}.",
+        choices=tuple(presets),
+    )
 
 
 def normalize(default: bool, doc: str) -> ParameterSpec:

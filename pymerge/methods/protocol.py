@@ -9,7 +9,9 @@ names a device, starts a thread or allocates an output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+import math
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,26 +32,91 @@ class Tile(NamedTuple):
     base: View | None
     models: tuple[View, ...]
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The base where there is one, then the models."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+    def at(self, views: Sequence[View]) -> Tile:
+        """The same tile in other memory; ``views`` in the order of :attr:`views`."""
+        if self.base is None:
+            return self._replace(models=tuple(views))
+        return self._replace(base=views[0], models=tuple(views[1:]))
+
+    def pieces(self, size: int) -> Iterator[tuple[int, Tile]]:
+        """The tile cut into pieces of ``size`` elements, the last one shorter, each with the index
+        of its first element in the tile: for steps that need scratch memory of their own."""
+        for first in range(0, self.num, size):
+            num = min(size, self.num - first)
+            base = None if self.base is None else self.base.part(first, num)
+            models = tuple(model.part(first, num) for model in self.models)
+            yield first, Tile(self.start + first, num, base, models)
+
 
 @dataclass(frozen=True)
 class Measure:
     """One look at the tiles: ``run(tile)`` on each, combined by ``fold``.
 
     ``fold`` must not depend on the order (integer sums); without it the answer is the list of
-    results in tile order. ``only`` restricts the look to one tile.
+    results in tile order. ``only`` restricts the look to one tile. ``ordered`` looks at the tiles
+    one after another in their order, for a ``run`` that adds to a running sum.
     """
 
     run: Callable[[Tile], Any]
     fold: Callable[[Any, Any], Any] | None = None
     only: int | None = None
+    ordered: bool = False
+
+
+class Folded:
+    """The running fold of a look: results are combined as they come, not collected, since a tile's
+    histogram may be larger than the tile. Any number of threads may add at once."""
+
+    def __init__(self, run: Callable[[Tile], Any], fold: Callable[[Any, Any], Any]) -> None:
+        self.value: Any = None
+        self._run, self._fold = run, fold
+        self._lock = threading.Lock()
+
+    def add(self, tile: Tile) -> None:
+        """Look at one tile."""
+        result = self._run(tile)
+        with self._lock:
+            self.value = result if self.value is None else self._fold(self.value, result)
 
 
 @dataclass(frozen=True)
 class Apply:
     """The map that writes the output: ``run(tile, out)`` returns the count of non-finite
-    elements."""
+    elements.
 
-    run: Callable[[Tile, View], int]
+    A method with extras gets ``run(tile, out, *extras)``, for each the views of its rows, and
+    returns an :class:`Applied`. ``values`` makes of what was measured on the tiles, in their order,
+    the numbers that are kept with the tensor.
+    """
+
+    run: Callable[..., int | Applied]
+    values: Callable[[Sequence[Any]], list[float]] | None = None
+
+
+class Applied(NamedTuple):
+    """What writing a tile found: non-finite elements of all outputs, and what was measured."""
+
+    nonfinite: int
+    measured: Any = None
+
+
+class Extra(NamedTuple):
+    """One more output of every merged tensor NAME: the tensor NAME.suffix beside the model.
+
+    It has one row, or one for each model, along NAME's elements: with ``bits`` None a number in the
+    output's format for each element, else so many bits (which divide 8), a byte's lowest first; a
+    row begins with a byte. The shape is NAME's, or [num_models, bytes of a row] of U8. Rows come as
+    views of bytes where there are bits.
+    """
+
+    suffix: str
+    per_model: bool
+    bits: int | None
 
 
 @dataclass(frozen=True)
@@ -57,8 +124,9 @@ class Tensor:
     """What a method knows of one output tensor.
 
     ``parameters`` are the shared ones, ``model_parameters`` those of each model in order (the base
-    excluded where the method has one). ``state`` is what the method's model-wide measurement
-    returned.
+    excluded where the method has one). ``model_numbers`` are the models' positions in the recipe,
+    which stay theirs where a tensor is merged without a model that lacks it. ``state`` is what the
+    method's model-wide measurement returned.
     """
 
     name: str
@@ -69,20 +137,32 @@ class Tensor:
     model_parameters: Sequence[Mapping[str, ParameterValue]]
     ops: OpSet
     model_names: Sequence[str] = ()
+    model_numbers: Sequence[int] = ()
     state: Any = None
 
     @property
     def num_elements(self) -> int:
-        total = 1
-        for extent in self.shape:
-            total *= extent
-        return total
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row: the last extent, 1 for a scalar. A vector is one row."""
+        return max(1, self.shape[-1]) if self.shape else 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_elements // self.columns
 
     def each(self, parameter: str) -> list[float]:
         """The values of a numeric per-model parameter, in model order."""
         return [float(values[parameter]) for values in self.model_parameters]
 
 
+#: Elements of a span: sums over a tensor are sums of its spans, whatever the tiles, which always
+#: begin at a multiple of it unless the method asks for whole rows.
+SPAN = 4096
+
+Scales = Callable[[Sequence[Tensor], Sequence[Sequence[float]]], dict[str, float]]
 Measuring = Generator[Measure, Any, Apply]
 ModelMeasuring = Generator[Measure, Any, Any]
 
@@ -96,6 +176,12 @@ class Method:
     all tensors whose ``Measure`` without ``fold`` is answered by a dict from tensor name to the
     list of tile results, and with ``fold`` by one value for the whole model. ``looks`` tells how
     often a tensor is measured, for the plan's estimate of what a streamed tensor costs.
+    ``granule`` is the number of elements that a tile holds a multiple of: a row's for methods that
+    look at whole rows, else 1.
+
+    ``check(tensors)`` objects to parameters that do not go together over a model. A method with
+    ``extras`` gives a model for each task: its output is the base with the extras beside it, and
+    ``scales(tensors, values)`` makes of the numbers kept with each tensor a factor for each model.
     """
 
     spec: MethodSpec
@@ -105,6 +191,10 @@ class Method:
     model_wide: Callable[[Tensor], bool] = field(default=lambda tensor: False)
     measure_model: Callable[[Sequence[Tensor]], ModelMeasuring] | None = None
     model_looks: int = 0
+    granule: Callable[[Tensor], int] = field(default=lambda tensor: 1)
+    extras: tuple[Extra, ...] = ()
+    check: Callable[[Sequence[Tensor]], None] = field(default=lambda tensors: None)
+    scales: Scales | None = None
 
 
 def decide(method: Method, tensor: Tensor, measure: Callable[[Measure], Any]) -> Apply:

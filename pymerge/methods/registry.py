@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from pymerge.errors import RecipeError
-from pymerge.methods.protocol import Apply, Measuring, Method, ModelMeasuring, Tensor
+from pymerge.methods.protocol import (
+    Apply,
+    Extra,
+    Measuring,
+    Method,
+    ModelMeasuring,
+    Scales,
+    Tensor,
+)
 from pymerge.methods.spec import MethodSpec
 from pymerge.names import listed, nearest
 
@@ -24,6 +32,10 @@ def method(
     model_wide: Callable[[Tensor], bool] = lambda tensor: False,
     measure_model: Callable[[Sequence[Tensor]], ModelMeasuring] | None = None,
     model_looks: int = 0,
+    granule: Callable[[Tensor], int] = lambda tensor: 1,
+    extras: tuple[Extra, ...] = (),
+    check: Callable[[Sequence[Tensor]], None] = lambda tensors: None,
+    scales: Scales | None = None,
 ) -> Callable[[Callable[[Tensor], Apply | Measuring]], Callable[[Tensor], Apply | Measuring]]:
     """Register the decorated function as the ``merge`` of ``spec.name``."""
 
@@ -33,7 +45,17 @@ def method(
         if spec.name in _METHODS:
             raise ValueError(f"a method named {spec.name!r} is registered already")
         _METHODS[spec.name] = Method(
-            spec, merge, ops, looks, model_wide, measure_model, model_looks
+            spec,
+            merge,
+            ops,
+            looks,
+            model_wide,
+            measure_model,
+            model_looks,
+            granule,
+            extras,
+            check,
+            scales,
         )
         return merge
 

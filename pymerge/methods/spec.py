@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ParameterValue = float | int | bool | str
+#: What a method measures before it merges: nothing, each tensor (or each of its rows), or the whole
+#: model.
+Statistics = Literal["none", "row", "tensor", "model", "tensor or model", "row or tensor"]
+#: The parameter that names one of a method's presets.
+PRESET = "preset"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class MethodSpec:
     ``base`` says what a ``base_model`` means: ``required``, ``optional``, or ``input`` where the
     base is only the donor of names and configuration and takes part like any other model.
     ``min_models`` and ``max_models`` count the models other than a required or optional base.
+    ``statistics`` says over what the method measures before it merges. ``presets`` names sets of
+    defaults: a value that the recipe does not give is taken from the preset it names in the
+    parameter ``preset``, else from the parameter's own default.
     """
 
     name: str
@@ -53,3 +61,10 @@ class MethodSpec:
     min_models: int
     max_models: int | None
     parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
+    statistics: Statistics = "none"
+    presets: Mapping[str, Mapping[str, ParameterValue]] = field(default_factory=dict)
+
+    def default(self, name: str, preset: ParameterValue | None) -> ParameterValue | None:
+        """The value of a parameter that is not given; None where it is required."""
+        named = self.presets.get(str(preset), {})
+        return named.get(name, self.parameters[name].default)

@@ -1,45 +1,96 @@
 """Merge ops on raw memory: measure and apply steps of every method, framework-free.
 
-The functions here run on the CPU backend. ``dispatch.choose`` picks among backends, ``reference``
-is the truth in plain numpy, ``table.OPS`` documents each op. Importing this never fails for want of
-the extension; using it does.
+The functions here run on the CPU backend; ``choose_ops`` gives those of another, and
+``dispatch.choose`` says which can run. ``reference`` is the truth in plain numpy, ``OPS`` documents
+each op. Importing this never fails for want of the extension; using it does.
 """
 
 from pymerge.ops import dispatch, reference
 from pymerge.ops.cpu import (
+    apply_task,
     available_isas,
+    axpy_grid,
     axpy_n,
     bracket_count,
+    consensus_merge,
     convert,
     count_nonfinite,
+    count_votes,
     disjoint_merge,
+    elect_masks,
+    elect_max,
+    gram_columns,
+    gram_n,
     isa,
+    kept_sums,
     locate_equal,
+    lora_add,
+    magmax_merge,
     magnitude_histogram,
     magnitude_sample,
+    masked_sums,
+    nearswap,
+    overlap_counts,
+    overlap_merge,
+    pcb_merge,
+    pcb_score,
+    row_divergence,
+    row_scores,
+    row_sparsify,
+    select_by_score,
+    tall_masks,
     use_isa,
+    variance_score,
 )
 from pymerge.ops.dispatch import choose
+from pymerge.ops.opset import OpSet, choose_ops
+from pymerge.ops.selection import Keep
 from pymerge.ops.table import OPS, TRAFFIC
 from pymerge.ops.view import View, view
 
 __all__ = [
     "OPS",
     "TRAFFIC",
+    "Keep",
+    "OpSet",
     "View",
+    "apply_task",
     "available_isas",
+    "axpy_grid",
     "axpy_n",
     "bracket_count",
     "choose",
+    "choose_ops",
+    "consensus_merge",
     "convert",
     "count_nonfinite",
+    "count_votes",
     "disjoint_merge",
     "dispatch",
+    "elect_masks",
+    "elect_max",
+    "gram_columns",
+    "gram_n",
     "isa",
+    "kept_sums",
     "locate_equal",
+    "lora_add",
+    "magmax_merge",
     "magnitude_histogram",
     "magnitude_sample",
+    "masked_sums",
+    "nearswap",
+    "overlap_counts",
+    "overlap_merge",
+    "pcb_merge",
+    "pcb_score",
     "reference",
+    "row_divergence",
+    "row_scores",
+    "row_sparsify",
+    "select_by_score",
+    "tall_masks",
     "use_isa",
+    "variance_score",
     "view",
 ]

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pymerge.ops.dispatch import choose, function
+from pymerge.formats import F32, Format
+from pymerge.ops.dispatch import choose_together, function
+from pymerge.ops.view import Buffer, host_buffer
+
+Allocate = Callable[[int, Format], Buffer]
 
 
 class OpSet:
     """Ops as attributes: ``ops.axpy_n(...)`` is the op of the backend that was chosen.
 
     ``backends`` maps op to backend, ``reasons`` op to why each preferred backend was passed over.
+    All ops of a set work on the same memory, the host's or a device's; ``buffer`` allocates there.
     """
 
     def __init__(
@@ -19,8 +24,10 @@ class OpSet:
         functions: Mapping[str, Callable[..., Any]],
         backends: Mapping[str, str],
         reasons: Mapping[str, Mapping[str, str]],
+        allocate: Allocate = host_buffer,
     ) -> None:
         self._functions = dict(functions)
+        self._allocate = allocate
         self.backends = dict(backends)
         self.reasons = {op: dict(why) for op, why in reasons.items()}
 
@@ -30,16 +37,24 @@ class OpSet:
         except KeyError:
             raise AttributeError(f"op {name!r} is not part of this plan") from None
 
+    def buffer(self, num: int, format: Format = F32) -> Buffer:
+        """Uninitialised scratch elements that the ops can work on, until it is dropped."""
+        return self._allocate(num, format)
+
+    def allocating(self, allocate: Allocate) -> OpSet:
+        """The same ops with buffers from ``allocate``."""
+        return OpSet(self._functions, self.backends, self.reasons, allocate)
+
 
 def choose_ops(names: Iterable[str], *, asked: str | None = None) -> OpSet:
-    """Choose a backend for each op.
+    """Choose a backend for each op, all of one memory.
 
     :param asked: the backend's name where the user wants a certain one; default:
         ``PYMERGE_BACKEND``.
     :raises BackendError: the backend asked for does not exist or cannot run here; the message says
         why.
     """
-    choices = {name: choose(name, asked) for name in dict.fromkeys(names)}
+    choices = choose_together(names, asked)
     return OpSet(
         {name: function(name, choice.backend) for name, choice in choices.items()},
         {name: choice.backend for name, choice in choices.items()},

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymerge.errors import PymergeError
-from pymerge.formats import BF16, BY_TORCH_NAME, F8_E4M3, F8_E5M2, F16, F32, F64, Format
+from pymerge.formats import BF16, BY_CODE, BY_TORCH_NAME, F8_E4M3, F8_E5M2, F16, F32, F64, Format
 
 _BY_NUMPY_NAME = {"float64": F64, "float32": F32, "float16": F16}
 # numpy has no dtype for these formats: they come as unsigned integers of the same size, named by
@@ -25,6 +25,24 @@ class View(NamedTuple):
     ptr: int
     code: int
     num: int
+
+    def part(self, first: int, num: int) -> View:
+        """``num`` of the elements, from index ``first`` on."""
+        return View(self.ptr + first * BY_CODE[self.code].num_bytes, self.code, num)
+
+
+class Buffer(NamedTuple):
+    """Memory for ``view``, alive as long as ``owner`` is."""
+
+    view: View
+    owner: Any
+
+
+def host_buffer(num: int, format: Format = F32) -> Buffer:
+    """Uninitialised elements in host memory."""
+    array = np.empty(max(1, num * format.num_bytes), np.uint8)
+    assert format.code is not None
+    return Buffer(View(array.ctypes.data, format.code, num), array)
 
 
 def view(array: Any, format: Format | None = None) -> View:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pymerge.errors import PlanError
+from pymerge.methods.protocol import SPAN
 from pymerge.plan.model import Job, Tiling
 
 #: What the process needs beside its blocks: interpreter, libraries, thread stacks, and a share of
@@ -17,8 +18,17 @@ from pymerge.plan.model import Job, Tiling
 OVERHEAD_BYTES = 96 << 20
 SELECTION_SHARE = 16
 SMALLEST_ARENA = 32 << 20
+#: What a look may need for each thread and model: a histogram, and scores of a piece of a tile.
+#: The budget lends them no more than a share of itself: most methods keep no tables.
+TABLE_BYTES, TABLE_SHARE = 1 << 20, 4
+#: Jobs whose adapters are in memory at once, where their matrices take no more than this share.
+LANES = 3
+UPDATE_SHARE = 4
+#: Scratch of a thread that ranks a row, for each of its elements, and beside that for each model.
+RANK_BYTES, SCORE_BYTES = 28, 4
 LARGEST_BLOCK = (2 << 20) + Tiling.SLACK
-SMALLEST_BLOCK = (16 << 10) + Tiling.SLACK
+#: One span of the widest format.
+SMALLEST_BLOCK = SPAN * 8 + Tiling.SLACK
 PAGE = 4096
 
 
@@ -34,18 +44,64 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
             f"about {OVERHEAD_BYTES >> 20} MiB and needs {SMALLEST_ARENA >> 20} MiB to stream; "
             f"give at least {least >> 20} MiB"
         )
-    overhead = OVERHEAD_BYTES + memory // SELECTION_SHARE
+    tables = threads * TABLE_BYTES * max((len(job.models) for job in jobs), default=0)
+    overhead = OVERHEAD_BYTES + max(memory // SELECTION_SHARE, min(tables, memory // TABLE_SHARE))
+    updates = _update_bytes(jobs, memory, overhead)
+    scratch = threads * max(map(_row_scratch, jobs), default=0)
+    overhead += updates + scratch
     arena = max(SMALLEST_ARENA, memory - overhead)
-    widest = max((len(job.sources) + 1 for job in jobs), default=2)
+    widest = max((job.num_inputs + job.output_blocks for job in jobs), default=2)
     in_flight = threads + 3
-    block = min(LARGEST_BLOCK, arena // (widest * in_flight))
+    rows = max((job.granule * job.element_bytes for job in jobs if job.granule > 1), default=0)
+    least_block = max(SMALLEST_BLOCK, -(-(rows + Tiling.SLACK) // PAGE) * PAGE)
+    block = min(max(LARGEST_BLOCK, least_block), arena // (widest * in_flight))
     block -= block % PAGE
-    if block < SMALLEST_BLOCK:
-        needed = OVERHEAD_BYTES + SMALLEST_BLOCK * widest * in_flight
+    if block < least_block:
+        if least_block > SMALLEST_BLOCK:
+            raise PlanError(
+                _too_long_rows(jobs, memory, updates + scratch + least_block * widest * in_flight)
+            )
+        needed = OVERHEAD_BYTES + updates + scratch + SMALLEST_BLOCK * widest * in_flight
         raise PlanError(
-            f"a memory of {memory / (1 << 20):.4g} MiB is too little to merge {widest - 1} "
-            "tensors at "
-            "once; give at "
+            f"a memory of {memory / (1 << 20):.4g} MiB is too little to merge "
+            f"{max(len(job.sources) for job in jobs)} tensors at once; give at "
             f"least {(needed >> 20) + 1} MiB"
         )
-    return Tiling(memory, overhead, block, arena // block, threads, readers)
+    return Tiling(memory, overhead, block, arena // block, threads, readers, updates)
+
+
+def _row_scratch(job: Job) -> int:
+    """Bytes beside the blocks that a thread needs for one row of a job."""
+    if job.granule == 1:
+        return 0
+    return job.granule * (RANK_BYTES + SCORE_BYTES * len(job.models))
+
+
+def _update_bytes(jobs: Sequence[Job], memory: int, overhead: int) -> int:
+    """What the adapters' matrices of the jobs in progress may take: at least those of any one job,
+    those of all lanes where that is no more than a share of the memory.
+
+    :raises PlanError: the budget cannot hold the matrices of one job.
+    """
+    sizes = sorted((job.update_bytes for job in jobs), reverse=True)
+    largest = sizes[0] if sizes else 0
+    if largest > max(0, memory - overhead - SMALLEST_ARENA):
+        job = max(jobs, key=lambda job: job.update_bytes)
+        least = OVERHEAD_BYTES + SMALLEST_ARENA + largest
+        needed = least * SELECTION_SHARE // (SELECTION_SHARE - 1)
+        raise PlanError(
+            f"a memory of {memory / (1 << 20):.4g} MiB is too little: the adapters' matrices for "
+            f"tensor {job.name!r} take {(largest >> 20) + 1} MiB; give at least "
+            f"{(needed >> 20) + 1} MiB"
+        )
+    return min(sum(sizes[:LANES]), max(largest, (memory - overhead) // UPDATE_SHARE))
+
+
+def _too_long_rows(jobs: Sequence[Job], memory: int, arena: int) -> str:
+    longest = max(jobs, key=lambda job: job.granule * job.element_bytes)
+    needed = -(-(arena + OVERHEAD_BYTES) * SELECTION_SHARE // (SELECTION_SHARE - 1) >> 20) + 1
+    return (
+        f"a memory of {memory / (1 << 20):.4g} MiB is too little: the method looks at whole rows, "
+        f"and those of tensor {longest.name!r} have {longest.granule} elements in each of "
+        f"{len(longest.sources)} models; give at least {needed} MiB"
+    )

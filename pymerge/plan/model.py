@@ -9,17 +9,32 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from pymerge.checkpoint import Checkpoint, ShardLayout, TensorEntry
-from pymerge.formats import Format
-from pymerge.methods.protocol import Method, Tensor
+from pymerge.checkpoint import AdapterTensor, Checkpoint, ShardLayout, TensorEntry
+from pymerge.formats import F32, Format
+from pymerge.methods.protocol import SPAN, Method, Tensor
 from pymerge.methods.spec import ParameterValue
 from pymerge.ops.opset import OpSet
 
 #: Part of the plan's hash: raised when the same plan would give other bytes.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 #: What the process takes before it holds any tensor.
 IDLE_BYTES = 72 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """A further output of a job and its exact place: ``rows`` rows of ``bits`` an element of the
+    job's tensor, each beginning with a byte."""
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]
+    rows: int
+    bits: int
+    shard: int = 0
+    offset: int = 0
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,8 @@ class Job:
     """One output tensor: its sources, its parameters and its exact place in the output.
 
     ``kind`` is ``copy`` where bytes move or are only converted to ``format``, and ``merge`` where
-    the method computes. ``offset`` is absolute in shard number ``shard``.
+    the method computes. ``offset`` is absolute in shard number ``shard``. ``granule`` is the number
+    of elements that every tile holds a multiple of. ``parts`` are what the method puts beside it.
     """
 
     name: str
@@ -42,12 +58,47 @@ class Job:
     shard: int
     offset: int
     num_bytes: int
+    model_numbers: tuple[int, ...] = ()
+    granule: int = 1
+    parts: tuple[Part, ...] = ()
 
     @property
     def sources(self) -> tuple[TensorEntry, ...]:
         """Every tensor that is read, the base first, each once even if it is named twice."""
         entries = (self.base, *self.models) if self.base is not None else self.models
         return tuple({(entry.file, entry.offset): entry for entry in entries}.values())
+
+    @property
+    def updates(self) -> tuple[AdapterTensor, ...]:
+        """The sources that an adapter's update is put on, in float32, each once."""
+        entries = (self.base, *self.models) if self.base is not None else self.models
+        return tuple(dict.fromkeys(e for e in entries if isinstance(e, AdapterTensor) and e.update))
+
+    @property
+    def num_inputs(self) -> int:
+        """Arrays of a tile: what is read, and what updates make of it."""
+        return len(self.sources) + len(self.updates)
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes that the matrices of the updates take in memory."""
+        return sum(entry.update.num_bytes for entry in self.updates if entry.update)
+
+    @property
+    def once_bytes(self) -> int:
+        """Bytes that are read once beside the tiles: the adapters' tensors, and weights whose norms
+        are measured."""
+        total = 0
+        for entry in self.updates:
+            if entry.update is not None:
+                total += sum(each.num_bytes for each in entry.update.entries)
+                total += entry.num_bytes if entry.update.magnitude is not None else 0
+        return total
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of all arrays of the job's inputs."""
+        return self.source_bytes + len(self.updates) * self.num_elements * F32.num_bytes
 
     @property
     def num_elements(self) -> int:
@@ -58,11 +109,24 @@ class Job:
         return sum(entry.num_bytes for entry in self.sources)
 
     @property
+    def output_bytes(self) -> int:
+        return self.num_bytes + sum(part.num_bytes for part in self.parts)
+
+    @property
+    def output_blocks(self) -> int:
+        """Blocks that hold the outputs of one tile: one for the tensor, others for its parts."""
+        return 1 + sum(-(-part.rows // self.rows_of_block(part)) for part in self.parts)
+
+    def rows_of_block(self, part: Part) -> int:
+        """How many rows of a part one block holds."""
+        return 8 * self.element_bytes // part.bits
+
+    @property
     def element_bytes(self) -> int:
         """Bytes of one element of the widest array that the job holds (bits of sub-byte formats
         are rounded up: such tensors are copied whole bytes at a time)."""
         widest = max((self.format, *(entry.format for entry in self.sources)), key=_bits)
-        return max(1, widest.bits // 8)
+        return max(1, widest.bits // 8, F32.num_bytes if self.updates else 1)
 
     def tensor(self, ops: OpSet, state: Any = None) -> Tensor:
         """The method's view of this job."""
@@ -75,6 +139,7 @@ class Job:
             model_parameters=self.model_parameters,
             ops=ops,
             model_names=self.model_names,
+            model_numbers=self.model_numbers,
             state=state,
         )
 
@@ -94,6 +159,8 @@ class Tiling:
     num_blocks: int
     threads: int
     readers: int
+    #: Bytes for the matrices of adapters in use, part of the overhead.
+    update_bytes: int = 0
 
     @property
     def arena_bytes(self) -> int:
@@ -103,9 +170,12 @@ class Tiling:
     SLACK = 8192
 
     def tile_elements(self, job: Job) -> int:
-        """Elements of one tile of the job: what fits in one block in its widest format."""
+        """Elements of one tile of the job: what fits in one block in its widest format, in whole
+        spans or the job's granules."""
         fit = (self.block_bytes - self.SLACK) // job.element_bytes
-        return max(1, fit - fit % 4096 if fit >= 4096 else fit)
+        granule = SPAN if job.granule == 1 else job.granule
+        # The plan gives a block room for a granule; only a test makes smaller ones.
+        return max(1, fit - fit % granule if fit >= granule else fit)
 
     def num_tiles(self, job: Job) -> int:
         if job.kind == "copy" and not job_converts(job):  # elements may be smaller than a byte
@@ -114,25 +184,29 @@ class Tiling:
 
     def streamed_blocks(self, job: Job) -> int:
         """Blocks that one tile of the job needs while it passes through."""
-        return 1 if job.kind == "copy" and not job_converts(job) else len(job.sources) + 1
+        if job.kind == "copy" and not job_converts(job):
+            return 1
+        return job.num_inputs + job.output_blocks
 
     def resident_blocks(self, job: Job) -> int:
         """Blocks that hold all inputs of the job, and outputs for each compute thread."""
         tiles = self.num_tiles(job)
-        return tiles * len(job.sources) + min(tiles, self.threads + 1)
+        return tiles * job.num_inputs + min(tiles, self.threads + 1) * job.output_blocks
 
     def is_resident(self, job: Job) -> bool:
         return self.resident_blocks(job) <= self.num_blocks
 
 
 def job_converts(job: Job) -> bool:
-    """Whether a copy changes the format."""
-    return job.sources[0].format != job.format
+    """Whether a copy changes the bytes."""
+    return bool(job.updates) or job.sources[0].format != job.format
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a merge does: jobs in order, the output's exact layout, memory, backends.
+
+    The last ``num_task_shards`` shards hold the parts beside the model.
 
     Raised errors belong to making it; a plan that exists can be run.
     """
@@ -150,6 +224,21 @@ class Plan:
     model_wide: bool
     warnings: tuple[str, ...] = ()
     dropped: tuple[str, ...] = field(default=())
+    num_task_shards: int = 0
+
+    @property
+    def model_shards(self) -> tuple[ShardLayout, ...]:
+        """The shards that a loader of the model reads."""
+        return self.shards[: len(self.shards) - self.num_task_shards]
+
+    @property
+    def task_shards(self) -> tuple[ShardLayout, ...]:
+        return self.shards[len(self.model_shards) :]
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that the output has a model for each of, in order; usually none."""
+        return tuple(dict.fromkeys(n for job in self.jobs if job.parts for n in job.model_names))
 
     @cached_property
     def looks(self) -> dict[str, int]:
@@ -167,7 +256,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes that will be read from the sources, repeated looks included."""
-        return sum(job.source_bytes * self.looks[job.name] for job in self.jobs)
+        return sum(job.source_bytes * self.looks[job.name] + job.once_bytes for job in self.jobs)
 
     @property
     def bytes_written(self) -> int:
@@ -185,10 +274,11 @@ class Plan:
         widest = max((tiling.streamed_blocks(job) for job in self.jobs), default=0)
         flying = widest * (tiling.threads + tiling.readers + 1) * block
         resident = sum(
-            sorted((job.source_bytes for job in self.jobs if self._is_held(job)), reverse=True)[:2]
+            sorted((job.input_bytes for job in self.jobs if self._is_held(job)), reverse=True)[:2]
         )
-        everything = sum(job.source_bytes + job.num_bytes for job in self.jobs)
-        return IDLE_BYTES + min(tiling.arena_bytes, everything, max(flying, resident))
+        everything = sum(job.input_bytes + job.output_bytes for job in self.jobs)
+        held = min(tiling.arena_bytes, everything, max(flying, resident))
+        return IDLE_BYTES + held + tiling.update_bytes
 
     def _is_held(self, job: Job) -> bool:
         """Whether the inputs of a job stay in memory between the looks at them."""
@@ -217,11 +307,21 @@ class Plan:
         for shard in self.shards:
             add(shard.file_name, hashlib.sha256(shard.header).hexdigest(), shard.num_bytes)
         for job in self.jobs:
-            sources = [(files[str(s.file)], s.offset) for s in _all_sources(job)]
+            sources = [_identity(files, s) for s in _all_sources(job)]
             add(job.name, job.kind, sources, dict(job.parameters))
-            add([dict(values) for values in job.model_parameters])
+            add([dict(values) for values in job.model_parameters], job.model_numbers)
         add(self.config)
         return digest.hexdigest()
+
+
+def _identity(files: Mapping[str, int], entry: TensorEntry) -> tuple[Any, ...]:
+    """Where a source lies and what is done to it."""
+    place = (files[str(entry.file)], entry.offset)
+    if not isinstance(entry, AdapterTensor) or entry.update is None:
+        return place
+    update = entry.update
+    matrices = [(files[str(each.file)], each.offset) for each in update.entries]
+    return (*place, matrices, update.rank, update.scale, update.transposed)
 
 
 def _all_sources(job: Job) -> Sequence[TensorEntry]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pymerge.checkpoint import (
     Checkpoint,
-    OutputTensor,
     TensorEntry,
     companion_files,
+    nominal_format,
     open_checkpoint,
     output_config,
-    plan_shards,
     skipped_files,
     tokenizer_files,
+    update_of,
 )
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.formats import Format, promote
@@ -24,6 +24,7 @@ from pymerge.plan.layers import find_stack
 from pymerge.plan.memory import cut_memory
 from pymerge.plan.model import Job, Plan
 from pymerge.plan.outline import Input, Line, Outline, make_outline
+from pymerge.plan.placement import place
 from pymerge.recipe import ModelRef, Recipe, expand, parameters_for, unmatched_filters
 
 #: As mergekit: 5 billion bytes a shard.
@@ -60,16 +61,12 @@ def make_plan(
     if not outline.lines:
         raise PlanError(f"{recipe.donor} has no tensors; there is nothing to merge")
     method = get_method(recipe.method)
-    ops = choose_ops((*method.ops, "convert", "count_nonfinite"), asked=backend)
+    needed = (*method.ops, "convert", "count_nonfinite", *_update_ops(checkpoints.values()))
+    ops = choose_ops(dict.fromkeys(needed), asked=backend)
     warnings = [*recipe.warnings, *_filter_warnings(recipe, checkpoints, outline, strict)]
+    warnings += [sentence for opened in checkpoints.values() for sentence in opened.warnings]
     drafts = [_draft(recipe, method, line, allow_missing, warnings) for line in outline.lines]
-    shards = plan_shards([OutputTensor(d.name, d.format, d.shape) for d in drafts], shard_bytes)
-    places = {
-        name: (number, offset, size)
-        for number, shard in enumerate(shards)
-        for name, (offset, size) in shard.tensors.items()
-    }
-    jobs = tuple(_place(draft, *places[draft.name]) for draft in drafts)
+    jobs, shards, num_task_shards = place(drafts, method, ops, shard_bytes)
     if outline.dropped:
         first = ", ".join(outline.dropped[:5])
         warnings.append(
@@ -88,24 +85,35 @@ def make_plan(
         donor=checkpoints[recipe.donor],
         tokenizer_donor=checkpoints[recipe.tokenizer_donor],
         jobs=jobs,
-        shards=tuple(shards),
+        shards=shards,
         config=_config(recipe.donor, checkpoints[recipe.donor], jobs, outline),
         tiling=cut_memory(jobs, memory, threads, readers),
         ops=ops,
         model_wide=model_wide,
         warnings=tuple(dict.fromkeys(warnings)),
         dropped=outline.dropped,
+        num_task_shards=num_task_shards,
     )
 
 
 def _open(recipe: Recipe, ref: ModelRef, allow_pickle: bool) -> Checkpoint:
     """Open one model; what is wrong with it is said with the place that names it."""
     try:
-        return open_checkpoint(str(ref), allow_pickle=allow_pickle)
+        return open_checkpoint(ref.model, adapter=ref.adapter, allow_pickle=allow_pickle)
     except CheckpointError as error:
         places = [s.place for part in recipe.slices for s in part.sources if s.model == ref]
         place = places[0] if places else "tokenizer_source"
         raise CheckpointError(f"{place}: {error}") from error
+
+
+def _update_ops(checkpoints: Iterable[Checkpoint]) -> tuple[str, ...]:
+    """The ops that adapters need when their tensors are read."""
+    updates = [update_of(entry) for opened in checkpoints for entry in opened.tensors.values()]
+    if not any(updates):
+        return ()
+    if any(update is not None and update.magnitude is not None for update in updates):
+        return ("lora_add", "gram_n", "gram_columns")
+    return ("lora_add",)
 
 
 def _check_tokenizer(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
@@ -126,6 +134,7 @@ def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: boo
     tensors = [job.tensor(ops) for job in jobs if job.kind == "merge"]
     for tensor in tensors:
         method.merge(tensor)  # a generator does not start before it is asked
+    method.check(tensors)
     if model_wide and method.measure_model is not None:
         next(method.measure_model(tensors), None)
 
@@ -179,17 +188,22 @@ def _draft(
         shard=0,
         offset=0,
         num_bytes=0,
+        model_numbers=tuple(_number(line, i) for i in models),
     )
+
+
+def _number(line: Line, wanted: Input) -> int:
+    """The position of a model among the recipe's, the base not counted."""
+    others = [i for i in line.inputs if i.source.model != line.slice.base]
+    return others.index(wanted) if wanted in others else line.inputs.index(wanted)
 
 
 def _copy(line: Line, entry: TensorEntry, format: Format, model: str) -> Job:
+    if update_of(entry) is not None:
+        _check_writable(line, format)
     return Job(
         line.name, "copy", line.pattern.shape, format, None, (entry,), (model,), {}, (), 0, 0, 0
     )
-
-
-def _place(draft: Job, shard: int, offset: int, num_bytes: int) -> Job:
-    return Job(**{**draft.__dict__, "shard": shard, "offset": offset, "num_bytes": num_bytes})
 
 
 def _present(recipe: Recipe, line: Line, allow_missing: bool, warnings: list[str]) -> list[Input]:
@@ -262,7 +276,7 @@ def _check_count(method: Method, line: Line, count: int) -> None:
 
 def _output_format(recipe: Recipe, line: Line, entries: list[TensorEntry]) -> Format:
     """out_dtype, else dtype, else the promotion of the inputs' formats; others are kept."""
-    formats = {entry.format for entry in entries} or {line.pattern.format}
+    formats = {nominal_format(entry) for entry in entries} or {line.pattern.format}
     if not all(format.is_float for format in formats):
         return line.pattern.format
     asked = recipe.out_dtype or recipe.dtype

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pymerge.errors import PlanError, RecipeError
-from pymerge.methods.spec import MethodSpec, ParameterSpec, ParameterValue
+from pymerge.methods.spec import PRESET, MethodSpec, ParameterSpec, ParameterValue
 from pymerge.names import nearest
 from pymerge.recipe.recipe import Recipe, RecipeSlice, RecipeSource, Settings
 from pymerge.recipe.reference import ModelRef
@@ -137,6 +137,7 @@ def parameters_for(
         scope, name = "model", input_name
         scopes = (source.settings, output_slice.settings, recipe.settings)
     values: dict[str, ParameterValue] = {}
+    preset = _preset(recipe, spec, output_slice, output_name, t)
     for key, parameter in spec.parameters.items():
         if parameter.scope != scope or parameter.ignored:
             continue
@@ -151,12 +152,27 @@ def parameters_for(
                     origins[key] = found.origin
                 break
         else:
-            if parameter.default is None:
+            default = spec.default(key, preset)
+            if default is None:
                 raise RecipeError(_missing(recipe, parameter, source, name))
-            values[key] = parameter.default
+            values[key] = default
             if origins is not None:
                 origins[key] = DEFAULT_ORIGIN
     return values
+
+
+def _preset(
+    recipe: Recipe, spec: MethodSpec, output_slice: OutputSlice, name: str, t: float
+) -> ParameterValue | None:
+    """The preset of a tensor; None where the method has none."""
+    if PRESET not in spec.parameters:
+        return None
+    for settings in (output_slice.settings, recipe.settings):
+        setting = settings.get(PRESET)
+        found = None if setting is None else resolve(setting, name, t)
+        if found is not None:
+            return found.value
+    return spec.parameters[PRESET].default
 
 
 def _missing(

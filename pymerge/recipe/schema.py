@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from pymerge.formats import BY_TORCH_NAME, Format
-from pymerge.names import listed, nearest, shown
+from pymerge.names import listed, nearest, shown, split_adapter
 from pymerge.recipe.findings import Findings, path_text
 from pymerge.recipe.reference import ModelRef, split_reference
 from pymerge.recipe.yaml_tree import Node, Path
@@ -53,30 +53,30 @@ class PathDocument(_Document):
             raise ValueError("expected a path or a hub name, found an empty text")
         return path
 
+    @property
+    def text(self) -> str:
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
 
 class ModelDocument(_Document):
-    """A model reference: the text, or ``{model, override_architecture}``."""
+    """A model reference: the text, or ``{model, lora, override_architecture}``."""
 
     model: PathDocument
-    lora: Any = None
+    lora: PathDocument | None = None
     override_architecture: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, raw: Any) -> Any:
-        return {"model": raw} if isinstance(raw, str) else raw
-
-    @field_validator("lora")
-    @classmethod
-    def _no_adapter(cls, raw: Any) -> None:
-        if raw is not None:
-            raise ValueError(
-                "adapters are not supported in this version; merge the adapter into its base first"
-            )
+        if isinstance(raw, str):
+            model, adapter = split_adapter(raw)
+            return {"model": model} if adapter is None else {"model": model, "lora": adapter}
+        return raw
 
     @property
     def reference(self) -> ModelRef:
-        return ModelRef(self.model.path, self.model.revision, self.override_architecture)
+        adapter = None if self.lora is None else self.lora.text
+        return ModelRef(self.model.path, self.model.revision, self.override_architecture, adapter)
 
 
 class EntryDocument(_Document):
@@ -231,7 +231,7 @@ for _document, _home in (
     (EntryDocument, "models[*]"),
     (SliceDocument, "slices[*]"),
     (SourceDocument, "slices[*].sources[*]"),
-    (ModelDocument, "the mapping form of a model, model: {model, override_architecture}"),
+    (ModelDocument, "the mapping form of a model, model: {model, lora, override_architecture}"),
     (TokenizerDocument, "tokenizer"),
     (PathDocument, "the mapping form of a model's path, model: {model: {path, revision}}"),
 ):

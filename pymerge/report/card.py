@@ -11,6 +11,7 @@ import yaml
 
 from pymerge._version import __version__
 from pymerge.methods.spec import MethodSpec
+from pymerge.sizes import counted
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,17 @@ def model_card(
     recipe: str,
     dtype: str,
     num_tensors: int,
+    tasks: Sequence[str] = (),
 ) -> str:
-    """The card's Markdown text. ``dtype`` names the format that most of the weights are stored in.
+    """The card's Markdown text. ``dtype`` names the format that most of the weights are stored in,
+    ``tasks`` the models that the folder has one model for each of, by their references.
 
     Models without a hub id appear by their folder's name only, and never in the front matter.
     """
     inputs = ([base] if base else []) + [model for model in models if model != base]
     lines = ["---", _front_matter(inputs).rstrip("\n"), "---", f"# {title}", ""]
     lines += [
-        f"The weights of {len(inputs)} models, combined without training by the method "
+        f"The weights of {counted(len(inputs), 'model')}, combined without training by the method "
         f"**{method.name}**: {method.summary.rstrip('.')}.",
         "",
     ]
@@ -50,6 +53,7 @@ def model_card(
         lines += [f"The method is described in {_link(method.paper)}.", ""]
     lines += ["## Merged models", ""]
     lines += [f"- {_display(model)}{' (base)' if model == base else ''}" for model in inputs]
+    lines += _task_lines(tasks)
     fence = _fence(recipe)
     lines += ["", "## Recipe", "", f"{fence}yaml", recipe.rstrip("\n"), fence, ""]
     lines += [
@@ -62,6 +66,21 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _task_lines(tasks: Sequence[str]) -> list[str]:
+    if not tasks:
+        return []
+    return [
+        "",
+        "## Tasks",
+        "",
+        "As it loads, this folder is the base model. Beside it lies what makes it the model of one "
+        "task: `pymerge materialize FOLDER TASK DEST` writes that as a model of its own, "
+        '`pymerge.load_task("FOLDER", TASK)` gives its tensors in Python. The tasks, by number:',
+        "",
+        *(f"- {number}: `{PurePath(task).name}`" for number, task in enumerate(tasks)),
+    ]
 
 
 def _front_matter(inputs: Sequence[CardModel]) -> str:

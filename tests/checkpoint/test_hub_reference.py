@@ -83,7 +83,7 @@ def test_pickles_are_asked_for_only_when_allowed(calls, save):
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
-        ("owner/base+owner/adapter", ["LoRA", "not supported"]),
+        ("owner/base+owner/adapter+owner/other", ["several '+'", "lora: {path"]),
         ("./nowhere", ["no such path"]),
         ("/nowhere/at/all", ["no such path"]),
         ("a/b/c", ["cannot be a hub id"]),

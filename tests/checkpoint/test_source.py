@@ -166,7 +166,7 @@ def test_second_copies_and_adapters_are_left_out(save, packed_tensors):
 
 def test_folders_without_weights(save, tmp_path):
     refused(save("empty/readme", b"").parent, "found no weights")
-    refused(save("lora/adapter_config.json", {}).parent, "LoRA", "merge_and_unload")
+    refused(save("lora/adapter_config.json", {}).parent, "peft_type", "merge_and_unload")
     refused(save("gguf/m.gguf", b"").parent, "GGUF")
     refused(save("half/model.safetensors.partial", b"").parent, "unfinished")
     refused(save("outer/0_Transformer/model.safetensors", b"").parent.parent, "'0_Transformer'")

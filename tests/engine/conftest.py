@@ -111,9 +111,12 @@ class Models:
         self.tuned = tuned
 
     def recipe(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A recipe of ``linear``, ``task_arithmetic``, ``ties`` or ``passthrough``."""
+        """A recipe of ``linear``, ``task_arithmetic``, ``ties``, ``passthrough`` or ``emr``."""
         if method == "passthrough":
             return {"merge_method": method, "models": [{"model": str(self.base)}]}
+        if method == "emr":
+            tasks = [{"model": str(path)} for path in self.tuned]
+            return {"merge_method": method, "base_model": str(self.base), "models": tasks}
         density = {"density": 0.3} if method == "ties" else {}
         models = [
             {"model": str(path), "parameters": {"weight": 0.3 + 0.2 * number, **density}}
@@ -234,7 +237,7 @@ def _check_unfinished(folder: Path, finished: Path) -> None:
     if any(mark.exists() for mark in marks):
         for path in finished.iterdir():
             assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
-    for path in folder.glob("model*.partial"):
+    for path in (*folder.glob("model*.partial"), *folder.glob("tasks*.partial")):
         whole = finished / path.name.removesuffix(".partial")
         if path.read_bytes() == whole.read_bytes():
             continue

@@ -75,6 +75,7 @@ def small_tiles(
     patch.setattr(memory, "SMALLEST_ARENA", arena_bytes)
     patch.setattr(memory, "OVERHEAD_BYTES", 0)
     patch.setattr(memory, "SELECTION_SHARE", 1 << 60)
+    patch.setattr(memory, "TABLE_BYTES", 0)
     if not whole_pages:
         patch.setattr(memory, "PAGE", 2)
 

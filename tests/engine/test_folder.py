@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pymerge import _C, api
-from pymerge.engine import make_manifest, run_plan
+from pymerge.engine import run_plan
 from pymerge.errors import PlanError, StorageError
 
 JOURNAL = ".pymerge-journal"
@@ -250,12 +250,7 @@ def test_every_name_is_durable_before_the_commit_mark(
     monkeypatch.setattr(_C, "fsync_directory", synced)
     monkeypatch.setattr(os, "replace", replaced)
     files = {"config.json": b"{}", "1_Pooling/config.json": b"{}"}
-    run_plan(
-        plan,
-        out,
-        side_files=files,
-        make_manifest=lambda output: make_manifest(plan, output.records, files),
-    )
+    run_plan(plan, out, side_files=files)
     parents = [tmp_path, tmp_path / "new", tmp_path / "new" / "folders"]
     assert calls[:3] == [("sync", parent) for parent in parents]
     mark = "model.safetensors" if len(plan.shards) == 1 else "model.safetensors.index.json"

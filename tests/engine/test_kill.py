@@ -23,7 +23,7 @@ JOURNAL = ".pymerge-journal"
 MIB = 1 << 20
 DIED = 77
 SHARDS = {"single": "5GB", "multi": "1MB"}
-CASES = list(itertools.product(("linear", "ties"), SHARDS))
+CASES = [*itertools.product(("linear", "ties"), SHARDS), ("emr", "multi")]
 
 
 def num_lines(journal: Path) -> int:
@@ -143,17 +143,26 @@ def steps(limit: int = 400) -> Iterator[int]:
     raise AssertionError(f"the merge did not end within {limit} steps")
 
 
-@pytest.mark.parametrize("shard_size", ["1GB", "2KB"], ids=["single", "multi"])
+@pytest.mark.parametrize(
+    ("method", "shard_size"),
+    [
+        pytest.param("ties", "1GB", id="single"),
+        pytest.param("ties", "2KB", id="multi"),
+        pytest.param("emr", "1GB", id="tasks-single"),
+        pytest.param("emr", "2KB", id="tasks-multi", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_every_step(
     tiny: Any,
     tmp_path: Path,
     child: Any,
     digests: Any,
     check_unfinished: Any,
+    method: str,
     shard_size: str,
 ) -> None:
     """Every system call of the output is a moment to die at, those of the commit included."""
-    plan = api.plan(tiny.recipe("ties"), memory=160 * MIB, threads=1, shard_size=shard_size)
+    plan = api.plan(tiny.recipe(method), memory=160 * MIB, threads=1, shard_size=shard_size)
     whole, out = tmp_path / "whole", tmp_path / "out"
     api.merge(plan, whole)
 

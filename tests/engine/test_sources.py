@@ -305,6 +305,7 @@ def test_more_models_than_compute_slots(
             patch.setattr(memory, "SMALLEST_ARENA", 1)
             patch.setattr(memory, "OVERHEAD_BYTES", 0)
             patch.setattr(memory, "SELECTION_SHARE", 1 << 60)
+            patch.setattr(memory, "TABLE_BYTES", 0)
             report = api.merge(each, tmp_path / name, memory=12288 * 41 * 4, threads=1)
         assert report.nonfinite == whole.nonfinite
         found = [
@@ -325,6 +326,7 @@ def test_tensor_as_large_as_the_arena(
     for name, value in (("SMALLEST_BLOCK", 1), ("SMALLEST_ARENA", 1), ("OVERHEAD_BYTES", 0)):
         monkeypatch.setattr(memory, name, value)
     monkeypatch.setattr(memory, "SELECTION_SHARE", 1 << 60)
+    monkeypatch.setattr(memory, "TABLE_BYTES", 0)
     wanted = api.plan(small.recipe("ties"), memory="8MiB", threads=1)
     largest = max(wanted.tiling.resident_blocks(job) for job in wanted.jobs)
     plan = api.plan(small.recipe("ties"), memory=(largest + spare) * 12288, threads=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pymerge import _C, doctor
+from pymerge.ops.dispatch import backend_module
 
 
 def finding(report: doctor.Report, name: str) -> doctor.Finding:
@@ -25,8 +26,13 @@ def test_what_is_told_agrees_with_the_parts(tmp_path: Path) -> None:
             told = finding(report, f"cpu {name}")
             assert told.value == ("available" if name in _C.available_isas() else "not available")
             assert told.note
-    assert finding(report, "cuda").value == "not in this version"
-    assert finding(report, "triton").value == "not in this version"
+    for name in ("cuda", "triton"):
+        reason = backend_module(name).why_not()
+        if reason is None:
+            assert finding(report, f"{name} 0").note.endswith("free")
+        else:
+            assert finding(report, name).value == "not available"
+            assert finding(report, name).note == reason
     assert finding(report, "filesystem").value == _C.filesystem(tmp_path)
     assert finding(report, "read method").value in ("dontcache", "direct", "buffered", "plain")
     assert list(tmp_path.iterdir()) == []

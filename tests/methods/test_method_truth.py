@@ -14,6 +14,7 @@ import pymerge
 from pymerge import in_memory
 from pymerge.methods import trim
 from pymerge.methods.ties import num_kept
+from pymerge.ops.selection import Keep
 
 DTYPES = ["float32", "bfloat16", "float16"]
 # Half a unit in the last place of the output type, and float32's own rounding of the arithmetic.
@@ -204,7 +205,7 @@ def test_bad_values_never_disappear() -> None:
     assert torch.isinf(result[6])
 
 
-def select(deltas: list[np.ndarray], keep: list[int], **patches: int) -> list[trim.Trim]:
+def select(deltas: list[np.ndarray], keep: list[int], **patches: int) -> list[Keep]:
     """The trims of in-memory deltas, in tiles of a few elements."""
     arrays = [np.ascontiguousarray(d, dtype=np.float32) for d in deltas]
     base = np.zeros_like(arrays[0])
@@ -215,7 +216,7 @@ def select(deltas: list[np.ndarray], keep: list[int], **patches: int) -> list[tr
     tensor = Tensor(
         "t", base.shape, len(arrays), True, {}, [{} for _ in arrays], choose_ops(trim.TRIM_OPS)
     )
-    tiles = in_memory._cut(view(base), [view(a) for a in arrays])
+    tiles = in_memory._cut(view(base), [view(a) for a in arrays], in_memory.TILE_ELEMENTS)
 
     def measure(question):
         chosen = tiles if question.only is None else [tiles[question.only]]
@@ -227,7 +228,7 @@ def select(deltas: list[np.ndarray], keep: list[int], **patches: int) -> list[tr
     return answer(trim.trim_tensor(tensor, keep), measure)
 
 
-def kept(delta: np.ndarray, chosen: trim.Trim) -> np.ndarray:
+def kept(delta: np.ndarray, chosen: Keep) -> np.ndarray:
     keys = np.abs(delta.astype(np.float32)).view(np.int32)
     index = np.arange(delta.size)
     return (keys > chosen.threshold) | ((keys == chosen.threshold) & (index < chosen.cutoff))
@@ -262,7 +263,7 @@ def test_selection_of_a_large_tensor_takes_the_bracket(monkeypatch) -> None:
     """On a million normal values the sample holds, so the histogram is never needed."""
     random = np.random.default_rng(1)
     deltas = [random.standard_normal(1 << 20).astype(np.float32) for _ in range(2)]
-    monkeypatch.setattr(trim, "_trim_by_histogram", None)
+    monkeypatch.setattr(trim, "_rank_by_histogram", None)
     trims = select(deltas, [200_000, 7])
     for delta, k, chosen in zip(deltas, [200_000, 7], trims, strict=True):
         np.testing.assert_array_equal(kept(delta, chosen), true_trim(delta, k))

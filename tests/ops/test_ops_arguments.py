@@ -11,93 +11,42 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from wrong_calls import BINS, BITS, OUT, SHORT, SUMS, WRONG, X
 
 from pymerge import _C, ops
 from pymerge.errors import BackendError, PymergeError
 from pymerge.formats import BF16, F16
-from pymerge.ops import View, cpu, reference, view
-
-X = np.arange(8, dtype=np.float32)
-OUT = np.zeros(8, dtype=np.float32)
-SHORT = np.zeros(7, dtype=np.float32)
-BINS = np.zeros((1, 2**11), np.uint64)
-
-BAD_CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "no input": (lambda b: b.axpy_n(view(OUT), [], []), "at least one input, found none"),
-    "counts": (
-        lambda b: b.axpy_n(view(OUT), [view(X), view(SHORT)], [1, 1]),
-        "input 1 has 7 elements, the output has 8",
-    ),
-    "base count": (
-        lambda b: b.bracket_count(view(SHORT), [view(X)], [0], [1], 9),
-        "input 0 has 8 elements, the base has 7",
-    ),
-    "weights": (lambda b: b.axpy_n(view(OUT), [view(X)], [1, 2]), "expected 1 weights.* found 2"),
-    "overlap": (lambda b: b.axpy_n(view(X), [view(X)], [1]), "output overlaps input 0"),
-    "format": (lambda b: b.count_nonfinite(View(1, 99, 1)), "input 0 has format code 99"),
-    "address": (lambda b: b.count_nonfinite(View(0, 1, 4)), "4 elements at address 0"),
-    "float8 output": (
-        lambda b: b.axpy_n(View(OUT.ctypes.data, 4, 8), [view(X)], [1]),
-        "cannot round to F8_E4M3; writable are F64, F32, F16, BF16",
-    ),
-    "bracket": (
-        lambda b: b.bracket_count(None, [view(X)], [5], [4], 9),
-        r"low\[0\] is 5 and above high\[0\], which is 4",
-    ),
-    "bracket shape": (
-        lambda b: b.bracket_count(None, [view(X)], [5, 6], [7, 8], 9),
-        r"expected 1 low, one per model, found shape \(2,\)",
-    ),
-    "key range": (
-        lambda b: b.bracket_count(None, [view(X)], [-1], [2**31], 9),
-        r"high\[0\] is 2147483648, expected -1 to 2147483647",
-    ),
-    "thresholds type": (
-        lambda b: b.disjoint_merge(
-            view(OUT), view(SHORT[:0]), [view(X)], [1], [0.5], [0], 0, normalize=True
-        ),
-        "the base has 0 elements",
-    ),
-    "float threshold": (
-        lambda b: b.disjoint_merge(
-            view(OUT), view(X), [view(X)], [1], [0.5], [0], 0, normalize=True
-        ),
-        "expected integer thresholds, found float64",
-    ),
-    "start": (
-        lambda b: b.disjoint_merge(
-            view(OUT), view(X), [view(X)], [1], [0], [0], -1, normalize=True
-        ),
-        "start is -1",
-    ),
-    "group": (
-        lambda b: b.magnitude_sample(None, [view(X)], 0, group=0, stride=1),
-        "group is 0, expected 1",
-    ),
-    "bins": (
-        lambda b: b.magnitude_histogram(None, [view(X)], BINS, shift=15),
-        r"uint64 array of shape \(1, 65536\), found uint64 \(1, 2048\)",
-    ),
-    "bins type": (
-        lambda b: b.magnitude_histogram(None, [view(X)], BINS.view(np.int64), shift=20),
-        r"found int64 \(1, 2048\)",
-    ),
-    "half a prefix": (
-        lambda b: b.magnitude_histogram(None, [view(X)], BINS, shift=20, prefix=[1]),
-        "prefix and prefix_shift go together",
-    ),
-    "nth": (lambda b: b.locate_equal(None, view(X), 0, -1), "nth is -1"),
-}
+from pymerge.ops import OPS, arguments, cpu, reference, view
+from pymerge.ops.selection import Keep
 
 
 @pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
-@pytest.mark.parametrize("name", BAD_CALLS)
-def test_a_wrong_argument_is_named(name: str, backend: Any) -> None:
-    call, message = BAD_CALLS[name]
-    before = OUT.copy()
-    with pytest.raises(PymergeError, match=message):
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, calls in WRONG.items() for name in calls]
+)
+def test_a_wrong_argument_is_named(op: str, name: str, backend: Any) -> None:
+    call, message = WRONG[op][name]
+    with pytest.raises(PymergeError, match=f"^{op}: .*{message}"):
         call(backend)
-    np.testing.assert_array_equal(OUT, before)
+    for written in (OUT, BITS, BINS, SUMS):
+        assert not written.any()
+    np.testing.assert_array_equal(X, np.arange(8))
+
+
+def test_every_op_has_a_wrong_call() -> None:
+    assert set(WRONG) == set(OPS)
+
+
+def test_right_arguments_of_every_kind_of_number_pass() -> None:
+    """numpy's integers and floats, ranges, tuples; what is too large for float32 is infinite."""
+    found = arguments.axpy_n(view(OUT), (view(X),), np.array([1e300]), scale=np.float64(0.1))
+    assert found == (8, [float("inf")], 1.0, float(np.float32(0.1)))
+    keeps = [Keep(np.int32(5), np.int64(7), draws=np.uint64(2**32), seed=np.uint64(2**64 - 1))]
+    checked = arguments.kept_sums(None, [view(X)], keeps, np.int64(3), span=np.int32(3))
+    assert checked == (8, [Keep(5, 7, draws=2**32, seed=2**64 - 1)], 3, 3)
+    assert {type(field) for field in checked[1][0]} == {int}
+    grid = arguments.axpy_grid(view(OUT), [view(X)], [[1, 2]], columns=4, along="rows")[1]
+    assert (grid.dtype, grid.shape) == (np.float32, (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -174,9 +123,24 @@ WRONG_RAW_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "locate": (lambda: _C.locate_equal(X7, X8, 0, 0), "8 elements in the base, found 7"),
     "disjoint": (
-        lambda: _C.disjoint_merge(view(OUT), X8, [X7], [1], [0], [0], 0, True, 1),
+        lambda: _C.disjoint_merge(
+            view(OUT), X8, [X7], [1], [Keep()], 0, 1, 0, 1, None, 1, 1, None, False
+        ),
         "8 elements in every view, found 7",
     ),
+    "disjoint word": (
+        lambda: _C.disjoint_merge(
+            view(OUT), X8, [X8], [1], [Keep()], 0, 9, 0, 1, None, 1, 1, None, False
+        ),
+        "unknown election 9",
+    ),
+    "score": (
+        lambda: _C.disjoint_merge(
+            view(OUT), X8, [X8], [1], [Keep()], 0, 1, 0, 1, None, 1, 1, X7, False
+        ),
+        "8 elements in the score, found 7",
+    ),
+    "masks": (lambda: _C.masked_sums(X8, [0], 4, AT), "memory for .* bits, found address 0"),
     "convert": (lambda: _C.convert(view(OUT), X7), "8 elements in every view, found 7"),
 }
 
@@ -195,19 +159,27 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing() -> None:
     assert ops.isa() == before
 
 
-def test_dispatch_prefers_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dispatch_takes_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
-    assert ops.choose("axpy_n") == ("cpu", {})
+    assert ops.choose("axpy_n", "cpu") == ("cpu", {})
     assert ops.choose("axpy_n", "reference").backend == "reference"
     assert ops.dispatch.function("axpy_n", "reference") is reference.axpy_n
     monkeypatch.setenv("PYMERGE_BACKEND", "reference")
     assert ops.choose("convert").backend == "reference"
 
 
+def test_dispatch_takes_the_first_backend_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
+    for name in ("cuda", "triton"):
+        module = ops.dispatch.backend_module(name)
+        monkeypatch.setattr(module, "why_not", lambda op=None, name=name: f"no {name} here")
+    assert ops.choose("axpy_n") == ("cpu", {"cuda": "no cuda here", "triton": "no triton here"})
+
+
 def test_dispatch_refuses_what_it_does_not_know() -> None:
     with pytest.raises(BackendError, match=r"unknown op 'axpy'; the ops are axpy_n"):
         ops.choose("axpy")
-    with pytest.raises(BackendError, match=r"unknown backend 'tpu'; the backends are cpu"):
+    with pytest.raises(BackendError, match=r"unknown backend 'tpu'; the backends are cuda, triton"):
         ops.choose("axpy_n", "tpu")
 
 
@@ -215,6 +187,10 @@ def test_traffic_counts_every_stream_once() -> None:
     assert ops.TRAFFIC["disjoint_merge"](2, 2, 4, 2) == 12
     assert ops.TRAFFIC["axpy_n"](0, 2, 4, 4) == 12
     assert ops.TRAFFIC["bracket_count"](2, 2, 4, 2) == 10
+    assert ops.TRAFFIC["convert"](0, 2, 1, 4) == 6
+    assert ops.TRAFFIC["tall_masks"](2, 2, 4, 2) == 10.5
+    assert ops.TRAFFIC["masked_sums"](2, 2, 8, 2) == 3
+    assert ops.TRAFFIC["apply_task"](2, 2, 1, 2) == 6.125
 
 
 def run_python(code: str, **environment: str) -> str:

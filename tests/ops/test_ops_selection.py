@@ -10,6 +10,7 @@ import pytest
 
 from pymerge import ops
 from pymerge.ops import view
+from pymerge.ops.selection import Keep
 
 NUM = 20_011
 START = 2**31 + 77
@@ -53,7 +54,7 @@ def test_kept_elements_are_those_of_a_stable_sort(kind: str, k: int, isa: str) -
     threshold, cutoff = top_k(model, k)
     base, out = np.zeros(NUM, np.float32), np.empty(NUM, np.float32)
     ops.disjoint_merge(
-        view(out), view(base), [view(model)], [1.0], [threshold], [cutoff], START, normalize=False
+        view(out), view(base), [view(model)], [1.0], [Keep(threshold, cutoff)], START, combine="sum"
     )
     np.testing.assert_array_equal(out, np.where(expected, model, 0))
 
@@ -116,9 +117,13 @@ def test_disjoint_mean_is_close_to_float64(count: int, isa: str) -> None:
     out = np.empty(NUM, np.float32)
     threshold = int(limit.view(np.int32))
     ops.disjoint_merge(
-        view(out), view(base), [view(x) for x in inputs], list(weights), [threshold] * count,
-        [0] * count, 0, normalize=True,
-    )  # fmt: skip
+        view(out),
+        view(base),
+        [view(x) for x in inputs],
+        list(weights),
+        [Keep(threshold)] * count,
+        0,
+    )
     # A vote that float32 cannot tell from a tie may go either way.
     clear = np.abs(kept.sum(axis=0)) > count * 2.0**-23 * np.abs(kept).sum(axis=0)
     clear |= np.count_nonzero(kept, axis=0) == 0
@@ -138,10 +143,8 @@ def test_a_bad_value_never_disappears(isa: str) -> None:
         view(base),
         [view(first), view(second)],
         [1, 1],
-        [0, 0],
-        [0, 0],
+        [Keep(0), Keep(0)],
         0,
-        normalize=True,
     )
     assert bad == 4
     np.testing.assert_array_equal(out, np.array([np.nan, np.nan, np.inf, np.nan, 2], np.float32))

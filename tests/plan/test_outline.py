@@ -349,13 +349,13 @@ def test_too_little_memory_is_said(tmp_path: Path) -> None:
         pymerge.plan({"merge_method": "passthrough", "models": [{"model": str(a)}]}, memory="64MiB")
 
 
-def test_what_ties_cannot_do_yet_is_said_by_the_plan(tmp_path: Path) -> None:
+def test_what_a_method_cannot_do_is_said_by_the_plan(tmp_path: Path) -> None:
     a = write_model(tmp_path / "a", 1, value=1)
     b = write_model(tmp_path / "b", 1, value=3)
-    recipe = {"merge_method": "ties", "base_model": str(a), "models": weights(b)}
-    pymerge.plan(recipe | {"parameters": {"rescale": False}})
-    with pytest.raises(pymerge.RecipeError, match="rescale: true is not supported"):
-        pymerge.plan(recipe | {"parameters": {"rescale": True}})
+    recipe = {"merge_method": "della", "base_model": str(a), "models": weights(b)}
+    pymerge.plan(recipe | {"parameters": {"density": 0.5}})
+    with pytest.raises(pymerge.RecipeError, match="strictly between 0 and 1"):
+        pymerge.plan(recipe | {"parameters": {"density": 0.1}})
 
 
 def test_a_donor_without_config_and_a_tokenizer_source_without_tokenizer_are_told(

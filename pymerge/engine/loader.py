@@ -1,0 +1,74 @@
+"""Bring the tiles of one job into memory: each source is read once, and the updates of adapters are
+put on what was read."""
+
+from __future__ import annotations
+
+from pymerge.checkpoint import AdapterTensor, TensorEntry
+from pymerge.engine.blocks import Stopped
+from pymerge.engine.context import Context
+from pymerge.engine.updates import float_view
+from pymerge.formats import BYTES, F32
+from pymerge.methods.protocol import Tile
+from pymerge.ops.view import View
+from pymerge.plan import Job
+
+
+class TileLoader:
+    """How the tensor of one job is cut into tiles, and how they are read."""
+
+    def __init__(self, context: Context, job: Job) -> None:
+        tiling = context.plan.tiling
+        self.tile_elements = tiling.tile_elements(job)
+        self.num_tiles = tiling.num_tiles(job)
+        self._context = context
+        self._job = job
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First element and number of elements of a tile."""
+        start = index * self.tile_elements
+        return start, min(self.tile_elements, self._job.num_elements - start)
+
+    def tile_bytes(self, index: int) -> int:
+        """Bytes that are read for a tile."""
+        _, num = self.span(index)
+        return sum(-(-num * entry.format.bits // 8) for entry in self._job.sources)
+
+    def read_tile(self, index: int, blocks: list[int]) -> Tile:
+        """Read one tile into the first ``job.num_inputs`` blocks; a source that is named twice is
+        read once, whatever updates are put on it.
+
+        The job's updates are held (``Updates.hold``).
+
+        :raises Stopped: the run is ending.
+        """
+        start, num = self.span(index)
+        job = self._job
+        views = {}
+        with self._context.events.stage("read", job.name, self.tile_bytes(index)):
+            for entry, block in zip(job.sources, blocks, strict=False):
+                bits, code = entry.format.bits, entry.format.code
+                num_bytes = -(-num * bits // 8)
+                address = self.read(entry, start * bits // 8, num_bytes, block)
+                views[entry.file, entry.offset] = (
+                    View(address, BYTES, num_bytes) if code is None else View(address, code, num)
+                )
+        updated = {}
+        for entry, block in zip(job.updates, blocks[len(job.sources) :], strict=False):
+            out = updated[entry] = float_view(block, F32, num)
+            weight = views[entry.file, entry.offset]
+            self._context.updates.put_on(job, entry, start, weight, out)
+
+        def view_of(entry: TensorEntry) -> View:
+            if isinstance(entry, AdapterTensor) and entry in updated:
+                return updated[entry]
+            return views[entry.file, entry.offset]
+
+        base = None if job.base is None else view_of(job.base)
+        return Tile(start, num, base, tuple(view_of(entry) for entry in job.models))
+
+    def read(self, entry: TensorEntry, first: int, num_bytes: int, block: int) -> int:
+        """Read bytes of a tensor into a block; returns the address where they begin."""
+        if self._context.stopping:
+            raise Stopped
+        size = self._context.pool.block_bytes
+        return self._context.sources.read(entry, first, num_bytes, block, size)

@@ -1,0 +1,88 @@
+"""Where each job's outputs go: the model's shards, then those of what stands beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from pymerge.checkpoint import TASKS_STEM, OutputTensor, ShardLayout, plan_shards
+from pymerge.formats import FORMATS
+from pymerge.methods.protocol import Extra, Method
+from pymerge.ops.opset import OpSet
+from pymerge.plan.model import Job, Part
+
+BYTE_BITS = 8
+
+
+class Placed(NamedTuple):
+    """Jobs with their places; the last ``num_task_shards`` shards hold the jobs' parts."""
+
+    jobs: tuple[Job, ...]
+    shards: tuple[ShardLayout, ...]
+    num_task_shards: int
+
+
+def place(drafts: Sequence[Job], method: Method, ops: OpSet, shard_bytes: int) -> Placed:
+    """Give every output of the drafts its place, in their order.
+
+    :raises PlanError: there is nothing to write, or a header would be too long.
+    """
+    models = plan_shards([OutputTensor(d.name, d.format, d.shape) for d in drafts], shard_bytes)
+    drafts = [
+        replace(draft, parts=tuple(_part(draft, extra) for extra in method.extras))
+        if draft.kind == "merge"
+        else draft
+        for draft in drafts
+    ]
+    beside = [
+        OutputTensor(part.name, part.format, part.shape) for draft in drafts for part in draft.parts
+    ]
+    tasks = plan_shards(beside, shard_bytes, TASKS_STEM) if beside else []
+    of_models, of_tasks = _places(models, 0), _places(tasks, len(models))
+    jobs = []
+    for draft in drafts:
+        shard, offset, num_bytes = of_models[draft.name]
+        parts = []
+        for part in draft.parts:
+            place = of_tasks[part.name]
+            parts.append(replace(part, shard=place[0], offset=place[1], num_bytes=place[2]))
+        jobs.append(
+            replace(
+                draft,
+                shard=shard,
+                offset=offset,
+                num_bytes=num_bytes,
+                granule=_granule(draft, method, ops),
+                parts=tuple(parts),
+            )
+        )
+    return Placed(tuple(jobs), (*models, *tasks), len(tasks))
+
+
+def _places(shards: Sequence[ShardLayout], first: int) -> dict[str, tuple[int, int, int]]:
+    return {
+        name: (number, offset, size)
+        for number, shard in enumerate(shards, first)
+        for name, (offset, size) in shard.tensors.items()
+    }
+
+
+def _part(draft: Job, extra: Extra) -> Part:
+    rows = len(draft.models) if extra.per_model else 1
+    name = f"{draft.name}.{extra.suffix}"
+    if extra.bits is None:
+        shape = (rows, *draft.shape) if extra.per_model else draft.shape
+        return Part(name, draft.format, shape, rows, draft.format.bits)
+    row_bytes = -(-draft.num_elements * extra.bits // BYTE_BITS)
+    return Part(name, FORMATS["U8"], (rows, row_bytes), rows, extra.bits)
+
+
+def _granule(draft: Job, method: Method, ops: OpSet) -> int:
+    """The method's granule; rows of bits must begin a tile with a byte."""
+    if draft.kind != "merge":
+        return 1
+    granule = method.granule(draft.tensor(ops))
+    has_bits = any(part.bits < BYTE_BITS for part in draft.parts)
+    return math.lcm(granule, BYTE_BITS) if granule > 1 and has_bits else granule

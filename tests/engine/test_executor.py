@@ -1,0 +1,173 @@
+"""Tiles through devices: the same bytes, only device memory reaches the ops, nothing is left
+behind."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from pymerge import api
+from pymerge.errors import BackendError
+from pymerge.formats import BY_CODE
+from pymerge.ops import cpu, device, executor
+from pymerge.ops.view import View
+
+
+class Memory:
+    """A piece of a device's memory, between its allocation and its end."""
+
+    def __init__(self, owner: FakeDevice, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self._owner = owner
+        self._bytes = (ctypes.c_char * num_bytes).from_buffer_copy(b"\xff" * num_bytes)
+        self.ptr = ctypes.addressof(self._bytes)
+        owner.pieces[self.ptr] = num_bytes
+
+    def __del__(self) -> None:
+        self._owner.pieces.pop(self.ptr, None)
+
+
+class Stream:
+    """Copies at once; counts what moves and knows whether it is current."""
+
+    def __init__(self, owner: FakeDevice) -> None:
+        self._owner = owner
+        self._pending = False
+
+    def copy_in(self, target: int, source: int, num_bytes: int) -> None:
+        assert self._owner.holds(target, num_bytes)
+        assert self._owner.is_pinned(source)
+        ctypes.memmove(target, source, num_bytes)
+        self._owner.bytes_in += num_bytes
+
+    def copy_out(self, target: int, source: int, num_bytes: int) -> None:
+        assert self._owner.holds(source, num_bytes)
+        assert self._owner.is_pinned(target)
+        ctypes.memmove(target, source, num_bytes)
+        self._pending = True
+
+    def synchronize(self) -> None:
+        self._pending = False
+
+    def __enter__(self) -> Stream:
+        self._owner.current.stream = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert error[0] is not None or not self._pending, "output used before it was there"
+        self._owner.current.stream = None
+
+
+class FakeDevice:
+    """Memory apart from the host's, of which the ops may touch nothing else."""
+
+    current = threading.local()
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, int] = {}
+        self.pinned: list[tuple[int, int]] = []
+        self.bytes_in = 0
+
+    def buffer(self, num_bytes: int) -> Memory:
+        return Memory(self, num_bytes)
+
+    def stream(self) -> Stream:
+        return Stream(self)
+
+    def register(self, ptr: int, num_bytes: int) -> None:
+        for each in DEVICES:
+            each.pinned.append((ptr, num_bytes))
+
+    def unregister(self, ptr: int, num_bytes: int) -> None:
+        for each in DEVICES:
+            each.pinned.remove((ptr, num_bytes))
+
+    def holds(self, ptr: int, num_bytes: int) -> bool:
+        return any(a <= ptr and ptr + num_bytes <= a + n for a, n in list(self.pieces.items()))
+
+    def is_pinned(self, ptr: int) -> bool:
+        return any(a <= ptr < a + n for a, n in self.pinned)
+
+
+DEVICES: list[FakeDevice] = []
+
+
+@contextmanager
+def guarded_ops(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU's ops, which refuse what is not in the memory of a device whose stream is current."""
+
+    def guard(op: str) -> Callable[..., Any]:
+        run = getattr(cpu, op)
+
+        def guarded(*args: Any, **options: Any) -> Any:
+            assert getattr(FakeDevice.current, "stream", None) is not None, f"{op}: no stream"
+            for each in [*args, *options.values()]:
+                for view in each if type(each) in (list, tuple) else [each]:
+                    if isinstance(view, View) and view.num:
+                        size = view.num * BY_CODE[view.code].num_bytes
+                        assert any(d.holds(view.ptr, size) for d in DEVICES), f"{op}: {view}"
+            return run(*args, **options)
+
+        return guarded
+
+    for op in ("axpy_n", "disjoint_merge", "bracket_count", "magnitude_sample", "convert"):
+        patch.setattr(cpu, op, guard(op))
+    for op in ("locate_equal", "magnitude_histogram", "count_nonfinite"):
+        patch.setattr(cpu, op, guard(op))
+    yield
+
+
+@pytest.fixture(params=[1, 2], ids=["one", "two"])
+def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[FakeDevice]:
+    DEVICES[:] = [FakeDevice() for _ in range(request.param)]
+    monkeypatch.setattr(device, "memory_of", lambda backend: "device")
+    monkeypatch.setattr(device, "devices_for", lambda backend: DEVICES)
+    return DEVICES
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "passthrough"])
+@pytest.mark.parametrize("memory", ["128MiB", "1GiB"])
+def test_same_bytes_through_devices(
+    large: Any,
+    tmp_path: Any,
+    digests: Any,
+    devices: list[FakeDevice],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    memory: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "memory_of", lambda backend: "host")
+        api.merge(large.recipe(method), tmp_path / "host")
+    with guarded_ops(monkeypatch):
+        api.merge({**large.recipe(method)}, tmp_path / "device", memory=memory)
+    assert digests(tmp_path / "device") == digests(tmp_path / "host")
+    assert sum(each.bytes_in for each in devices) > 0
+    for each in devices:
+        assert not each.pieces, "device memory is given back"
+        assert not each.pinned, "the arena is unpinned"
+
+
+def test_no_device_is_an_error(large: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "memory_of", lambda backend: "device")
+    monkeypatch.setattr(device, "devices_for", lambda backend: [])
+    with pytest.raises(BackendError, match="expected a device"):
+        api.merge(large.recipe("linear"), tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_places_do_not_overlap() -> None:
+    DEVICES[:] = [FakeDevice()]
+    slot = executor._Slot(DEVICES[0])
+    views = [View(1, 0, 3), View(2, 1, 5), View(3, 3, 0), View(4, 4, 1000)]
+    places = slot.place(views)
+    ends = [p.ptr + p.num * BY_CODE[p.code].num_bytes for p in places]
+    assert all(place.ptr % 16 == places[0].ptr % 16 for place in places)
+    assert all(end <= after.ptr for end, after in zip(ends, places[1:], strict=False))
+    first = places[0].ptr
+    assert slot.place(views[:2])[0].ptr == first, "memory is kept"
