@@ -4,13 +4,17 @@
     python bench/gpu_check.py --wheels wheels       # with wheels carried along for the full command
     python bench/gpu_check.py --emulate             # every step that needs no GPU, nothing is timed
 
-Needs torch, triton, numpy, safetensors, pybind11, cmake, ninja, nvcc, pytest and hypothesis, no
-package index. In order: (1) build pymerge with CUDA kernels in place; (2) run the tests of every op
-on cuda and triton against the reference, byte by byte; (3) time every op (bench/ops_gpu.py); (4)
-merge checkpoints from the page cache on the GPU and on the CPU, compare the bytes and the seconds.
-A step that fails is recorded and the next ones still run, but no rate is printed where the tests
-are red. Step 4 needs what the command line needs (pydantic, typer, ...) and says so where it is
-missing. The JSON goes to bench/results; with ``--emulate`` nothing is written.
+Needs torch, triton, numpy, safetensors, setuptools, pybind11, cmake, ninja, nvcc and pip, no
+package index. In order: (1) build pymerge with CUDA kernels in place; (2) compare every op on cuda
+and triton with the reference, byte by byte (tests/ops/cases.py); (3) time every op
+(bench/ops_gpu.py); (4) merge checkpoints from the page cache on the GPU and on the CPU, compare the
+bytes and the seconds. A step that fails is recorded and the next ones still run, but nothing is
+timed on a backend that is red. Step 4 needs what the command line needs (pydantic, typer, ...) and
+says so where it is missing.
+
+On triton step 2 takes the small cases: all of them are some 4,000 kernels to compile; ``--full``
+takes them nevertheless. The JSON goes to bench/results, what there is of it after every step; with
+``--emulate`` nothing is written.
 """
 
 from __future__ import annotations
@@ -20,13 +24,12 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,37 @@ EMULATORS = {"cuda": {"PYMERGE_CUDA_EMULATE": "1"}, "triton": {"TRITON_INTERPRET
 Record = dict[str, Any]
 
 
-def run(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+def run(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] | None = None,
+    limit: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """A command's end and everything it said; 124 where it took longer than ``limit`` seconds, 127
+    where there is no such program. Switches of ours in the environment do not reach it."""
+    words = [str(part) for part in command]
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PYMERGE_") and name != "TRITON_INTERPRET"
+    }
+    try:
+        return subprocess.run(
+            words,
+            cwd=ROOT,
+            env={**clean, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired as stop:
+        said = stop.stdout or b""
+        text = said if isinstance(said, str) else said.decode(errors="replace")
+        text += f"\nended after {limit} seconds"
+        return subprocess.CompletedProcess(words, 124, text)
+    except FileNotFoundError as error:
+        return subprocess.CompletedProcess(words, 127, str(error))
 
 
 def build(wheels: Path | None) -> Record:
@@ -60,66 +84,74 @@ def build(wheels: Path | None) -> Record:
         if done.returncode:
             return {"ok": False, "wheels": done.stdout[-3000:]}
     options = ["--no-deps", "--no-build-isolation", "--editable", "."]
-    done = run([*pip, *options], PYMERGE_CMAKE_ARGS="-DPYMERGE_CUDA=ON")
+    done = run([*pip, *options], {"PYMERGE_CMAKE_ARGS": "-DPYMERGE_CUDA=ON"})
     record: Record = {"ok": done.returncode == 0, "seconds": time.perf_counter() - start}
     if done.returncode:
         record["output"] = done.stdout[-6000:]
     return record
 
 
-def test(backend: str, environment: dict[str, str]) -> Record:
+def test(backend: str, environment: dict[str, str], small: bool, limit: float) -> Record:
     """The shared table of cases on a backend, against the reference."""
     start = time.perf_counter()
-    name = {"triton": "triton-interpreter", "cuda": "cuda-emulated"}[backend]
-    chosen = name if environment else f"{backend} and not interpreter and not emulated"
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    done = run([*command, "tests/ops", "-k", chosen], **environment)
-    counts = {
-        word: int(number)
-        for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)
-    }
-    ran = counts.get("passed", 0) > 0
+    command = [sys.executable, "tests/ops/cases.py", backend, *(["--small"] if small else [])]
+    done = run(command, environment, limit)
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"op"')]
+    failures = [failure for report in reports for failure in report["failures"]]
     record: Record = {
-        "ok": done.returncode == 0 and ran,
+        "ok": done.returncode == 0 and bool(reports) and not failures,
         "seconds": time.perf_counter() - start,
-        **counts,
+        "small": small,
+        "ops": len(reports),
+        "cases": sum(report["cases"] for report in reports),
+        "failures": len(failures),
     }
     if not record["ok"]:
-        record["output"] = done.stdout[-6000:]
+        record["output"] = "\n".join([*failures[:20], done.stdout[-3000:]])
     return record
 
 
-def time_ops(backend: str, num_elements: int, environment: dict[str, str]) -> Record:
+def time_ops(backend: str, num_elements: int, environment: dict[str, str], limit: float) -> Record:
     """bench/ops_gpu.py in a process of its own, so that a crash costs one backend only."""
     where = "cpu" if environment else "cuda"
     code = (
         "import json, ops_gpu; "
         f"print(json.dumps(ops_gpu.measure({backend!r}, {num_elements}, {where!r})))"
     )
-    done = run([sys.executable, "-c", code], PYTHONPATH=str(BENCH), **environment)
-    if done.returncode:
+    done = run([sys.executable, "-c", code], {"PYTHONPATH": str(BENCH), **environment}, limit)
+    found = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+    if done.returncode or not found:
         return {"ok": False, "output": done.stdout[-6000:]}
-    return {"ok": True, "records": json.loads(done.stdout.splitlines()[-1])}
+    records = json.loads(found[-1])
+    failed = [f"{each['case']}: {each['failed']}" for each in records if "failed" in each]
+    return {"ok": not failed, "records": records, "output": "\n".join(failed)}
 
 
-def end_to_end(gb: float, backends: Sequence[str], emulate: bool) -> Record:
-    """Merges of the same checkpoints on every backend: seconds, and whether the bytes agree."""
+def end_to_end(
+    place: Path, gb: float, backends: Sequence[str], timed: Sequence[str], emulate: bool
+) -> Record:
+    """Merges of the same checkpoints on every backend: whether the bytes agree, and the seconds of
+    those that are ``timed``."""
     missing = [name for name in ("pydantic", "typer", "rich") if not importlib.util.find_spec(name)]
     if missing:
         return {"ok": False, "skipped": f"not installed: {', '.join(missing)}; carry their wheels"}
-    work = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=BENCH))
+    place.mkdir(exist_ok=True, parents=True)
+    work = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=place.resolve()))
     try:
         made = run([sys.executable, BENCH / "models.py", work, "--gb", str(gb), "--models", "3"])
         if made.returncode:
             return {"ok": False, "output": made.stdout[-3000:]}
-        records = [merge(method, work, ("cpu", *backends), emulate) for method in METHODS]
+        everywhere = ("cpu", *backends)
+        records = [merge(method, work, everywhere, timed, emulate) for method in METHODS]
     finally:
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     return {"ok": all(record["same_bytes"] for record in records), "merges": records}
 
 
-def merge(method: str, work: Path, backends: Sequence[str], emulate: bool) -> Record:
-    """One recipe on each backend; every merge is run twice, the second counts."""
+def merge(
+    method: str, work: Path, backends: Sequence[str], timed: Sequence[str], emulate: bool
+) -> Record:
+    """One recipe on each backend; what is timed is run twice, the second counts."""
     own = "weight: 0.5" + ("" if method == "linear" else ", density: 0.3")
     lines = [f"merge_method: {method}", "models:"]
     for number in (1, 2, 3):
@@ -132,22 +164,23 @@ def merge(method: str, work: Path, backends: Sequence[str], emulate: bool) -> Re
     for backend in backends:
         environment = EMULATORS.get(backend, {}) if emulate else {}
         out = work / f"out-{backend}"
-        program = Path(sys.executable).with_name("pymerge")
-        for _ in range(1 if emulate else 2):
+        program = [sys.executable, "-m", "pymerge.cli"]
+        for _ in range(2 if backend in timed else 1):
             shutil.rmtree(out, ignore_errors=True)
-            command = [program, "merge", recipe, out, "--backend", backend, "--no-sync"]
+            command: list[str | Path] = [*program, "merge", recipe, out, "--backend", backend]
             start = time.perf_counter()
-            done = run(command, **environment)
+            done = run([*command, "--no-sync"], environment)
             seconds = time.perf_counter() - start
             if done.returncode:
-                record["same_bytes"] = False
-                record["output"] = done.stdout[-3000:]
-                return record
-        if not emulate:
+                break
+        if done.returncode:
+            record.setdefault("failed", {})[backend] = done.stdout[-3000:]
+            continue
+        if backend in timed:
             record["seconds"][backend] = seconds
         record["digests"][backend] = digest(out)
         shutil.rmtree(out)
-    record["same_bytes"] = len(set(record["digests"].values())) == 1
+    record["same_bytes"] = "failed" not in record and len(set(record["digests"].values())) == 1
     return record
 
 
@@ -161,28 +194,32 @@ def digest(folder: Path) -> str:
 
 
 def gpu_line() -> Record:
-    """The GPU, its driver and the toolkit."""
+    """The GPU, its driver and the toolkit, as far as they are there."""
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
-    nvcc = shutil.which("nvcc")
-    version = run([nvcc, "--version"]).stdout.splitlines()[-1] if nvcc else None
+    version = run(["nvcc", "--version"])
     driver = run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return {
-        "gpu": properties.name,
-        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-        "multiprocessors": properties.multi_processor_count,
+    found: Record = {
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "nvcc": version,
+        "nvcc": version.stdout.splitlines()[-1] if version.returncode == 0 else None,
         "driver": driver.stdout.strip() if driver.returncode == 0 else None,
     }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return found
 
 
 def print_records(records: Sequence[Record]) -> None:
     for record in records:
         if "gb_per_s" not in record:
-            print(f"{record['backend']:7} {record['case']:28} {record.get('skipped', 'called')}")
+            what = record.get("skipped") or record.get("failed") or "called"
+            print(f"{record['backend']:7} {record['case']:28} {what}")
             continue
         faster = [
             f"{record[key]:.1f}x {key.removeprefix('times_faster_than_')}"
@@ -201,51 +238,86 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
     parser.add_argument("--elements", type=int, default=1 << 27, help="of a tensor, for the ops")
     parser.add_argument("--gb", type=float, default=4.0, help="of a checkpoint, end to end")
+    parser.add_argument("--dir", type=Path, default=BENCH / "work", help="for the checkpoints")
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--skip", default="", help="steps: build, test, ops, merge")
+    parser.add_argument("--full", action="store_true", help="all cases on triton, too")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds of a test or timing")
     parser.add_argument("--emulate", action="store_true", help="without a GPU; nothing is timed")
     parser.add_argument("--results", type=Path, default=BENCH / "results")
     return parser.parse_args()
 
 
+class Results:
+    """The JSON document, on disk after every step; without a folder nowhere."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.document: Record = {"machine": machine_line(), "ops": []}
+        stamp = self.document["machine"]["date"].replace(":", "").replace("-", "")[:15]
+        self.path = None if folder is None else folder / f"gpu-{stamp}.json"
+        if folder is not None:
+            folder.mkdir(exist_ok=True, parents=True)
+
+    def save(self) -> None:
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.document, indent=1) + "\n")
+
+
+def check_ops(
+    arguments: argparse.Namespace, backend: str, skip: Sequence[str], results: Results
+) -> bool:
+    """Steps 2 and 3 on one backend; whether it is green."""
+    environment = EMULATORS[backend] if arguments.emulate else {}
+    document = results.document
+    green = True
+    if "test" not in skip:
+        small = arguments.emulate or (backend == "triton" and not arguments.full)
+        found = test(backend, environment, small, arguments.limit)
+        document.setdefault("tests", {})[backend] = found
+        green = found["ok"]
+        print(f"tests on {backend}:", {k: v for k, v in found.items() if k != "output"})
+        print(found.get("output", ""))
+        results.save()
+    if "ops" not in skip and green:
+        timed = time_ops(backend, arguments.elements, environment, arguments.limit)
+        document["ops"] += timed.get("records", [])
+        document.setdefault("timing", {})[backend] = {"ok": timed["ok"], "output": timed["output"]}
+        green = timed["ok"]
+        print_records(timed.get("records", []))
+        print(timed["output"])
+        results.save()
+    return green
+
+
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     arguments = parse()
     skip = arguments.skip.split(",")
     backends = arguments.backends.split(",")
-    document: Record = {"machine": machine_line(), "ops": []}
+    results = Results(None if arguments.emulate else arguments.results)
+    document = results.document
     ok = True
     if "build" not in skip and not arguments.emulate:
         document["build"] = build(arguments.wheels)
-        ok &= document["build"]["ok"]
+        ok = document["build"]["ok"]
         print("build:", "done" if ok else document["build"])
+        results.save()
     if not arguments.emulate:
         document["machine"] |= gpu_line()
-    for backend in backends:
-        environment = EMULATORS[backend] if arguments.emulate else {}
-        green = True
-        if "test" not in skip:
-            found = document.setdefault("tests", {})[backend] = test(backend, environment)
-            green = found["ok"]
-            print(f"tests on {backend}:", {k: v for k, v in found.items() if k != "output"})
-            print(found.get("output", ""))
-        if "ops" not in skip and green:
-            timed = time_ops(backend, arguments.elements, environment)
-            document["ops"] += timed.get("records", [])
-            green = timed["ok"]
-            print(timed.get("output", ""))
-        ok &= green
-    print_records(document["ops"])
+    green = [each for each in backends if check_ops(arguments, each, skip, results)]
+    ok &= green == backends
     if "merge" not in skip:
-        document["merge"] = end_to_end(arguments.gb, backends, arguments.emulate)
+        timed = () if arguments.emulate else ("cpu", *green)
+        document["merge"] = end_to_end(
+            arguments.dir, arguments.gb, backends, timed, arguments.emulate
+        )
         ok &= document["merge"]["ok"]
         print("merges:", json.dumps(document["merge"], indent=1))
+        results.save()
     print(describe(document["machine"]))
-    if not arguments.emulate:
-        stamp = document["machine"]["date"].replace(":", "").replace("-", "")[:15]
-        arguments.results.mkdir(exist_ok=True, parents=True)
-        path = arguments.results / f"gpu-{stamp}.json"
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"written to {path.name}")
+    if results.path is not None:
+        results.save()
+        print(f"written to {results.path.name}")
     sys.exit(0 if ok else 1)
 
 

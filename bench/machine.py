@@ -67,9 +67,12 @@ def commit() -> str:
     """Short hash of HEAD, with "+changes" where the tree differs from it."""
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(
-            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--short", "HEAD")

@@ -5,8 +5,8 @@ plain torch.
 GB/s of the bytes that the op must move (pymerge.ops.TRAFFIC), its share of the bandwidth of a
 device-to-device copy measured in the same run, and for some ops the time of the same formula as a
 chain of torch calls and of mergekit's functions where mergekit is installed. Inputs rotate over
-sets larger than the cache. With ``device="cpu"`` (emulators) only the calls are made: there is
-nothing to time.
+sets larger than the cache. An op that fails leaves its error in its record. With ``device="cpu"``
+(emulators) only the calls are made: there is nothing to time.
 """
 
 from __future__ import annotations
@@ -472,11 +472,15 @@ def measure(backend: str, num_elements: int, device: str = "cuda") -> list[dict[
         if problem is not None:
             records.append({**record, "skipped": problem})
             continue
-        if copy is None:
-            case.call(sets[0])
-            records.append({**record, "called": True})
+        try:
+            if copy is None:
+                case.call(sets[0])
+                records.append({**record, "called": True})
+                continue
+            times = milliseconds(case.call, sets)
+        except Exception as error:  # whatever one op does, the others are still looked at
+            records.append({**record, "failed": f"{type(error).__name__}: {error}"})
             continue
-        times = milliseconds(case.call, sets)
         median = statistics.median(times)
         rate = case.bytes_per_element * num_elements / median / 1e6
         record |= {
@@ -491,7 +495,7 @@ def measure(backend: str, num_elements: int, device: str = "cuda") -> list[dict[
                 continue
             try:
                 other = statistics.median(milliseconds(chain, sets))
-            except (ImportError, torch.cuda.OutOfMemoryError) as error:
+            except Exception as error:  # what we compare with is not ours to keep running
                 record[f"{name}_skipped"] = f"{type(error).__name__}: {error}"
             else:
                 record |= {f"{name}_ms": other, f"times_faster_than_{name}": other / median}

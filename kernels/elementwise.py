@@ -299,7 +299,7 @@ def write_masks(
 ) -> None:
     num = base.num
     block = block_size(num)
-    with Room(base.ptr):
+    with Room(base.ptr) as room:
         launch(
             masks_kernel,
             (ceil_div(num, block),),
@@ -315,6 +315,7 @@ def write_masks(
             ACCESS=access_of(base, *models),
             BLOCK=block,
         )
+        room.finish()
 
 
 def overlap_counts(base: Elements, models: Sequence[Elements], epsilon: float) -> NDArray[np.int64]:

@@ -109,6 +109,13 @@ class Room:
         self._stack.close()
         self._held.clear()
 
+    def finish(self) -> None:
+        """Waits until the kernels are done: for ops that read no result."""
+        if not INTERPRETED:
+            import torch
+
+            torch.cuda.current_stream(self._device).synchronize()
+
     def zeros(self, shape: int | tuple[int, ...], dtype: str) -> Scratch:
         """Zeros of a dtype that numpy and torch call by the same name."""
         if INTERPRETED:
@@ -158,6 +165,7 @@ _SHARED_BYTES = 1 << 16
 _NUM_SHARED = 256
 _uploads: OrderedDict[Any, Scratch] = OrderedDict()
 _lock = threading.RLock()
+_launching = threading.RLock()
 
 
 def device_of(address: int) -> int:
@@ -190,12 +198,13 @@ def launch(
     num_warps: int = NUM_WARPS,
     **constants: Any,
 ) -> None:
-    """Runs a kernel without contraction of float32 products and sums."""
+    """Runs a kernel without contraction of float32 products and sums; one thread at a time.
+
+    Triton shows other threads a compiled kernel before it is loaded, so that they would launch
+    nothing, and its interpreter patches triton.language while it runs.
+    """
     constants |= {"num_warps": num_warps, "enable_fp_fusion": False}
-    if INTERPRETED:  # the interpreter patches triton.language while it runs
-        with _lock, np.errstate(all="ignore"):
-            kernel[grid](*arguments, **constants)
-    else:
+    with _launching, np.errstate(all="ignore"):
         kernel[grid](*arguments, **constants)
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Elements of a matrix that are converted at once.
 PIECE = 1 << 16
+#: Sums of shorter spans would take memory beside the weight that counts.
+LEAST_SPAN = 512
 #: How often a waiting job looks whether the run ends, in seconds.
 POLL = 0.05
 
@@ -208,20 +210,22 @@ class Updates:
     def _rows_squared(self, job: Job, entry: AdapterTensor, matrices: Matrices) -> Doubles:
         """float64 [rows]: the sum of squares of each row, as exact sum of its spans."""
         update = _update(entry)
-        span = _span_of(update.columns)
+        span, even = _span_of(update.columns)
 
         def look(start: int, num: int, blocks: list[int]) -> Doubles:
             try:
-                return self._squares(job, entry, matrices, start, num, blocks, span)
+                return self._squares(job, entry, matrices, start, num, blocks, span, even)
             finally:
                 self._context.release_tile(blocks)
 
         def started() -> Iterator[Future[Any]]:
-            step = self._fit(entry) // span * span
-            if not step:
+            fit = self._fit(entry)
+            if fit < span:
                 raise RuntimeError(f"{job.name}: a block has less room than a span of {span}")
-            for start in range(0, entry.num_elements, step):
-                num = min(step, entry.num_elements - start)
+            # Parts of a row begin with a span of it.
+            fit = fit if not even and fit >= update.columns else fit // span * span
+            rows, columns = (1, entry.num_elements) if even else (update.rows, update.columns)
+            for start, num in _row_pieces(rows, columns, fit):
                 blocks = self._context.acquire_tile(2)
                 yield self._context.submit(look, start, num, blocks)
 
@@ -240,16 +244,20 @@ class Updates:
         num: int,
         blocks: list[int],
         span: int,
+        even: bool,
     ) -> Doubles:
-        """float64 [num_spans]: sums of squares of the updated elements."""
+        """float64 [num_spans]: sums of squares of the updated elements; where spans are not even,
+        those of each row end with a shorter one."""
         weight, out = self._weight(job, entry, start, num, blocks)
         with (
             self._context.computing(job.name, num * entry.format.num_bytes),
             self._context.here(Tile(start, num, None, (weight,)), (out,)) as (there, outputs),
         ):
             self._add(_update(entry), matrices, there, outputs[0])
-            sums: Doubles = self._context.ops.gram_n(None, [outputs[0]], span=span)[:, 0]
-            return sums
+            size = num if even else min(num, _update(entry).columns)
+            runs = [outputs[0].part(first, size) for first in range(0, num, size)]
+            gram_n = self._context.ops.gram_n
+            return np.concatenate([gram_n(None, [run], span=span)[:, 0] for run in runs])
 
     def _columns_squared(self, job: Job, entry: AdapterTensor, matrices: Matrices) -> Doubles:
         """float64 [columns]: the sum of squares of each column, added row after row."""
@@ -301,9 +309,11 @@ def _update(entry: AdapterTensor) -> LowRank:
     return entry.update
 
 
-def _span_of(columns: int) -> int:
-    """The largest divisor of a row's length that is no longer than a span."""
-    return next(size for size in range(min(columns, SPAN), 0, -1) if columns % size == 0)
+def _span_of(columns: int) -> tuple[int, bool]:
+    """The largest divisor of a row's length that is no longer than a span, and True: then one call
+    sums many rows. A row without one has spans of its own, the last one shorter."""
+    size = next(size for size in range(min(columns, SPAN), 0, -1) if columns % size == 0)
+    return (size, True) if size >= min(columns, LEAST_SPAN) else (SPAN, False)
 
 
 def _exact_sum(values: list[float]) -> float:

@@ -137,8 +137,8 @@ def totals(spans: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 
 def l1_factor(before: float, after: float) -> float:
-    """What restores a sum of magnitudes; 1 where there is nothing to restore, NaN where a sum is not
-    finite or no float32 restores it: a factor that is not known must show, also where the mask
+    """What restores a sum of magnitudes; 1 where there is nothing to restore, NaN where a sum is
+    not finite or no float32 restores it: a factor that is not known must show, also where the mask
     drops the element that spoiled it."""
     if not (math.isfinite(before) and math.isfinite(after)):
         return math.nan

@@ -24,6 +24,9 @@ from pymerge.errors import BackendError
 
 _thread = threading.local()
 
+#: Compute capability below which the kernels do not run.
+LEAST_CAPABILITY = (8, 0)
+
 
 class Place(NamedTuple):
     """Where ops run: the index of a device and the address of a stream there, 0 for its default."""
@@ -361,7 +364,8 @@ class _Bytes:
 
 
 def devices_for(backend: str) -> list[Device]:
-    """The devices that a backend's ops can work on, all visible GPUs or the host in their place.
+    """The devices that a backend's ops can work on, all visible GPUs that are new enough, or the
+    host in their place.
 
     :raises BackendError: the backend has no devices, or none can be used here.
     """
@@ -369,7 +373,12 @@ def devices_for(backend: str) -> list[Device]:
         if emulates_cuda():
             return [HostDevice("emulated on the host")]
         runtime = importlib.import_module("pymerge.ops.cuda").runtime()
-        return [CudaDevice(runtime, index) for index in range(runtime.num_devices())]
+        # Beside a device that the kernels are built for there may be an older one.
+        return [
+            CudaDevice(runtime, index)
+            for index in range(runtime.num_devices())
+            if runtime.device_info(index)["capability"] >= LEAST_CAPABILITY
+        ]
     if backend == "triton":
         if interprets_triton():
             return [HostDevice("interpreted on the host")]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 from pymerge.errors import BackendError
@@ -139,7 +139,13 @@ class DeviceExecutor:
             for each in devices:
                 self._slots.put(_Slot(each))
         if pinned is not None:
-            self._pinning.register(*pinned)
+            try:
+                self._pinning.register(*pinned)
+            except BackendError as error:
+                raise BackendError(
+                    f"{error}; a merge on a device pins the memory that its tiles pass through: "
+                    "give a smaller --memory, or --backend cpu"
+                ) from error
 
     @contextmanager
     def here(self, inputs: Sequence[View], outputs: Sequence[View] = ()) -> Iterator[Views]:
@@ -157,6 +163,11 @@ class DeviceExecutor:
                 for host, there in zip(outputs, results, strict=True):
                     slot.stream.copy_out(host.ptr, there.ptr, _num_bytes(host))
                 slot.stream.synchronize()
+        except BaseException:
+            # Host memory of the tile is about to be given back: no copy may still be under way.
+            with suppress(BackendError):
+                slot.stream.synchronize()
+            raise
         finally:
             self._here.slot = None
             self._slots.put(slot)

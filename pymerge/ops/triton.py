@@ -1,8 +1,9 @@
 """The ops on the triton backend: arguments are checked here, the work is done by pymerge/kernels.
 
 Triton and torch are loaded at the first use. On a machine with a CUDA driver the memory is that of
-a device; with TRITON_INTERPRET=1 kernels run in Triton's interpreter on host memory. The ops are
-documented in pymerge/ops/table.py.
+a device; with TRITON_INTERPRET=1 kernels run in Triton's interpreter on host memory. Ops run on the
+calling thread's current stream, see pymerge/ops/device.py, and have finished there when they
+return. They are documented in pymerge/ops/table.py.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import pymerge
 from pymerge import api
 from pymerge.checkpoint import open_checkpoint
+from pymerge.engine import updates
 from pymerge.plan import memory
 
 Arrays = dict[str, np.ndarray]
@@ -311,6 +312,36 @@ def test_the_bytes_do_not_depend_on_tiles_threads_and_budget(
         truth = merged(base, adapter)
         for name, value in load_file(tmp_path / "tiles/model.safetensors").items():
             close(value, truth[name], 4.0, RANK + 4)
+
+
+@pytest.mark.parametrize("columns", [4099, 2 * 4099, 3 * 8209])
+def test_norms_of_rows_that_no_span_divides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: Any, columns: int
+) -> None:
+    """A few sums a row, not one for each of its elements, wherever tiles end."""
+    base = {"a.up.weight": normal(0, 7, columns, scale=1)}
+    adapter = {
+        "a.up.lora_A.weight": normal(1, RANK, columns),
+        "a.up.lora_B.weight": normal(2, 7, RANK),
+        "a.up.lora_magnitude_vector": normal(3, 7),
+    }
+    tuned = write_adapter(tmp_path / "adapter", adapter, use_dora=True)
+    recipe = alone(f"{write_base(tmp_path / 'base', base)}+{tuned}")
+    added: list[int] = []
+    exact_sum = updates._exact_sum
+
+    def counted(values: list[float]) -> float:
+        added.append(len(values))
+        return exact_sum(values)
+
+    monkeypatch.setattr(updates, "_exact_sum", counted)
+    api.merge(recipe, tmp_path / "whole", memory="1GiB", threads=1)
+    assert added == [-(-columns // 4096)] * 7
+    small_blocks(monkeypatch)
+    api.merge(recipe, tmp_path / "tiles", memory="160MiB", threads=3)
+    assert digests(tmp_path / "tiles") == digests(tmp_path / "whole")
+    found = load_file(tmp_path / "tiles/model.safetensors")["a.up.weight"]
+    close(found, merged(base, adapter)["a.up.weight"], 4.0, RANK + 4)
 
 
 def test_zero_rows_and_infinite_weights(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import pytest
 from pymerge import api
 from pymerge.errors import BackendError
 from pymerge.formats import BY_CODE
-from pymerge.ops import cpu, device, executor
+from pymerge.ops import cpu, cuda, device, executor
+from pymerge.ops.opset import OpSet
+from pymerge.ops.table import OPS
 from pymerge.ops.view import View
 
 
@@ -95,6 +97,8 @@ class FakeDevice:
 
 
 DEVICES: list[FakeDevice] = []
+#: Ops that take addresses of masks.
+MASKED = ("tall_masks", "elect_masks", "masked_sums")
 
 
 @contextmanager
@@ -106,6 +110,10 @@ def guarded_ops(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
         def guarded(*args: Any, **options: Any) -> Any:
             assert getattr(FakeDevice.current, "stream", None) is not None, f"{op}: no stream"
+            masks = args[1 if op == "masked_sums" else 0] if op in MASKED else ()
+            there = [args[3]] if op == "apply_task" else list(masks)
+            for mask in there:
+                assert any(d.holds(mask, 1) for d in DEVICES), f"{op}: a mask at {mask}"
             for each in [*args, *options.values()]:
                 for view in each if type(each) in (list, tuple) else [each]:
                     if isinstance(view, View) and view.num:
@@ -115,9 +123,7 @@ def guarded_ops(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return guarded
 
-    for op in ("axpy_n", "disjoint_merge", "bracket_count", "magnitude_sample", "convert"):
-        patch.setattr(cpu, op, guard(op))
-    for op in ("locate_equal", "magnitude_histogram", "count_nonfinite"):
+    for op in OPS:
         patch.setattr(cpu, op, guard(op))
     yield
 
@@ -130,7 +136,7 @@ def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return DEVICES
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "passthrough"])
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "passthrough", "emr"])
 @pytest.mark.parametrize("memory", ["128MiB", "1GiB"])
 def test_same_bytes_through_devices(
     large: Any,
@@ -171,3 +177,51 @@ def test_places_do_not_overlap() -> None:
     assert all(end <= after.ptr for end, after in zip(ends, places[1:], strict=False))
     first = places[0].ptr
     assert slot.place(views[:2])[0].ptr == first, "memory is kept"
+
+
+def test_no_copy_is_under_way_after_a_failure() -> None:
+    """The host memory of a tile is given back whatever happened to it."""
+    DEVICES[:] = [FakeDevice()]
+    waited: list[str] = []
+
+    class Slow(Stream):
+        def copy_in(self, target: int, source: int, num_bytes: int) -> None:
+            waited.append("copy")
+
+        def synchronize(self) -> None:
+            waited.append("wait")
+
+    DEVICES[0].stream = lambda: Slow(DEVICES[0])  # type: ignore[method-assign]
+    through = executor.DeviceExecutor(OpSet({}, {}, {}), DEVICES)
+    with pytest.raises(ValueError, match="by the op"), through.here([View(64, 0, 4)]):
+        raise ValueError("by the op")
+    assert waited == ["copy", "wait"]
+    through.close()
+
+
+def test_memory_that_cannot_be_pinned_is_said_with_what_to_do() -> None:
+    DEVICES[:] = [FakeDevice()]
+
+    def refuse(ptr: int, num_bytes: int) -> None:
+        raise BackendError(f"cudaHostRegister of {num_bytes} bytes: out of memory")
+
+    DEVICES[0].register = refuse  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match=r"of 4096 bytes: out of memory; .*smaller --memory"):
+        executor.DeviceExecutor(OpSet({}, {}, {}), DEVICES, (1 << 20, 4096))
+
+
+def test_older_devices_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may hold an old device beside one that the kernels run on."""
+
+    class Runtime:
+        capabilities = ((9, 0), (7, 5), (8, 0))
+
+        def num_devices(self) -> int:
+            return len(self.capabilities)
+
+        def device_info(self, index: int) -> dict[str, Any]:
+            return {"name": f"GPU {index}", "capability": self.capabilities[index]}
+
+    monkeypatch.delenv("PYMERGE_CUDA_EMULATE", raising=False)
+    monkeypatch.setattr(cuda, "runtime", Runtime)
+    assert [each.index for each in device.devices_for("cuda")] == [0, 2]

@@ -32,8 +32,8 @@ def row_sparsify(
 
     rank: 0 for the smallest key of a row to columns - 1; of equal keys the lower index ranks
     higher. T = draws_low + rank * draws_span // (columns - 1), or draws_low + draws_span // 2 in a
-    row of one; kept where first <= rank < last and draw < T, and every NaN. rescale: delta / p with p = float32(T)
-    * 2**-32 where T < 2**32.
+    row of one; kept where first <= rank < last and draw < T, and every NaN. rescale: delta / p with
+    p = float32(T) * 2**-32 where T < 2**32.
     """
     checked = arguments.row_sparsify(
         out,
