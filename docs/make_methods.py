@@ -49,7 +49,7 @@ def render() -> str:
     overview = table(
         ("method", "base model", "models", "what it does"),
         [
-            (f"[`{spec.name}`](#{spec.name})", base_text(spec), count_text(spec), spec.summary)
+            (f"[`{spec.name}`](#{spec.name})", base_text(spec), spec.model_count, spec.summary)
             for spec in (method.spec for method in methods)
         ],
     )
@@ -63,12 +63,9 @@ def section(method: Method) -> str:
     if spec.paper:
         parts.append(f"Source: <{spec.paper}>")
     parts.append(f"Measures: {MEASURES[spec.statistics]}. Backends: {backends_text(method)}.")
-    parts.append(
-        table(
-            ("parameter", "given", "values", "default", "meaning"),
-            [parameter_row(parameter) for parameter in spec.parameters.values()],
-        )
-    )
+    rows = [parameter_row(parameter) for parameter in spec.parameters.values()]
+    head = ("parameter", "given", "values", "default", "meaning")
+    parts.append(table(head, rows) if rows else "It has no parameters.")
     if spec.presets:
         parts.append(presets_table(spec))
     return "\n" + "\n\n".join(parts)
@@ -83,18 +80,20 @@ def backends_text(method: Method) -> str:
 def presets_table(spec: MethodSpec) -> str:
     """What each preset gives the parameters that the recipe does not give."""
     rows = [
-        (f"`{name}`", ", ".join(f"`{key}: {str(value).lower()}`" for key, value in values.items()))
-        for name, values in spec.presets.items()
+        (f"`{name}`", f"`{text.replace(', ', '`, `')}`" if text else "as above")
+        for name, text in spec.preset_lines().items()
     ]
-    return table(("preset", "defaults"), [(name, text or "as above") for name, text in rows])
+    return table(("preset", "defaults"), rows)
 
 
 def description(method: Method) -> str:
-    """The docstring of the method's module, with Markdown's quotes and a line per paragraph."""
+    """The docstring of the method's module, with Markdown's quotes and a line per paragraph
+    or item of a numbered list."""
     module = inspect.getmodule(method.merge)
     text = inspect.cleandoc((module and module.__doc__) or method.spec.summary)
     paragraphs = re.split(r"\n\s*\n", text.strip().replace("``", "`"))
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    lists = (re.split(r"\n(?=\d\. )", paragraph) for paragraph in paragraphs)
+    return "\n\n".join("\n".join(" ".join(item.split()) for item in items) for items in lists)
 
 
 def parameter_row(parameter: ParameterSpec) -> tuple[str, ...]:
@@ -106,23 +105,11 @@ def parameter_row(parameter: ParameterSpec) -> tuple[str, ...]:
 def values_text(parameter: ParameterSpec) -> str:
     if parameter.choices:
         return ", ".join(f"`{choice}`" for choice in parameter.choices)
-    low, high = parameter.minimum, parameter.maximum
-    if low is not None and high is not None:
-        return f"{parameter.kind}, {low:g} to {high:g}"
-    if low is not None:
-        return f"{parameter.kind}, at least {low:g}"
-    return parameter.kind if high is None else f"{parameter.kind}, at most {high:g}"
+    return f"{parameter.kind}, {parameter.bounds}" if parameter.bounds else parameter.kind
 
 
 def base_text(spec: MethodSpec) -> str:
     return "one of the models" if spec.base == "input" else spec.base
-
-
-def count_text(spec: MethodSpec) -> str:
-    if spec.max_models == spec.min_models:
-        return str(spec.min_models)
-    end = "or more" if spec.max_models is None else f"to {spec.max_models}"
-    return f"{spec.min_models} {end}"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -180,7 +180,7 @@ def _with_state(tensor: Tensor, state: Any) -> Tensor:
 
 def _check_inputs(spec: MethodSpec, base: Any | None, tensors: Sequence[Any]) -> None:
     if spec.base == "required" and base is None:
-        raise RecipeError(f"{spec.name} merges task vectors and needs a base tensor, found None")
+        raise RecipeError(f"{spec.name} needs a base tensor, found None")
     if isinstance(tensors, str) or not isinstance(tensors, Sequence):
         raise PymergeError(
             "merge_tensor: tensors is a list of arrays, one for each model, found "
@@ -189,9 +189,9 @@ def _check_inputs(spec: MethodSpec, base: Any | None, tensors: Sequence[Any]) ->
     if len(tensors) < spec.min_models or (
         spec.max_models is not None and len(tensors) > spec.max_models
     ):
-        high = "any number" if spec.max_models is None else spec.max_models
+        besides = "" if base is None or spec.base == "input" else " besides the base"
         raise RecipeError(
-            f"{spec.name} takes {spec.min_models} to {high} tensors, found {len(tensors)}"
+            f"{spec.name} takes {spec.model_count} tensors{besides}, found {len(tensors)}"
         )
 
 

@@ -315,9 +315,8 @@ def print_methods(found: Sequence[MethodSpec]) -> None:
     """One line a method."""
     table = Table("method", "base model", "models", "what it does", box=None)
     for spec in sorted(found, key=lambda each: each.name):
-        high = "" if spec.max_models == spec.min_models else "+"
         base = "one of the models" if spec.base == "input" else spec.base
-        table.add_row(spec.name, base, f"{spec.min_models}{high}", escape(spec.summary))
+        table.add_row(spec.name, base, spec.model_count, escape(spec.summary))
     _out.print(table)
     _out.print("pymerge methods NAME shows the parameters of one.")
 
@@ -336,12 +335,12 @@ def print_method(spec: MethodSpec) -> None:
             "required" if parameter.required else str(parameter.default).lower(),
             escape(parameter.doc),
         )
-    _out.print(table)
+    _out.print(table if spec.parameters else "no parameters")
+    for name, text in spec.preset_lines().items():
+        _out.print(f"preset {name}: {text or 'the defaults above'}")
 
 
 def _kind(parameter: ParameterSpec) -> str:
     if parameter.choices:
         return " | ".join(parameter.choices)
-    low, high = parameter.minimum, parameter.maximum
-    bounds = "" if low is None and high is None else f" {low:g} to {high:g}"
-    return parameter.kind + bounds
+    return f"{parameter.kind} {parameter.bounds}".rstrip()

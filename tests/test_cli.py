@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,9 @@ import sys
 
 import pytest
 from safetensors import safe_open
+
+from pymerge import terminal
+from pymerge.methods import METHODS
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -118,6 +122,24 @@ def test_methods_lists_all_and_shows_one(tmp_path, run_pymerge):
     assert done.returncode == 0
     for name in ("weight", "density", "normalize", "lambda", "trim_scope"):
         assert re.search(rf"^ *{name} ", done.stdout, re.M)
+    assert re.search(r"^preset official: .*density: 0.2, trim_scope: model", done.stdout, re.M)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_can_be_shown(name, monkeypatch):
+    """Also those whose parameters have one bound, or that have none at all."""
+    monkeypatch.setattr(terminal, "_out", terminal._console(out := io.StringIO()))
+    spec = METHODS[name].spec
+    terminal.print_method(spec)
+    terminal.print_methods([spec])
+    text = out.getvalue()
+    assert f" {spec.model_count} " in text
+    for parameter in spec.parameters.values():
+        line = re.search(rf"^ *{parameter.name} .*$", text, re.M)
+        assert line
+        assert parameter.choices or parameter.bounds in line[0]
+    for preset in spec.presets:
+        assert f"\npreset {preset}: " in text
 
 
 def test_doctor_tells_instruction_set_and_storage(tmp_path, run_pymerge):

@@ -223,6 +223,7 @@ def test_ci_runs_what_the_readme_promises():
 USES = (
     r"environ(?:\.get)?\s*[\[(]\s*\"(PYMERGE_[A-Z_]+)\"",
     r"getenv\(\"(PYMERGE_[A-Z_]+)\"",
+    r"_flag\(\"(PYMERGE_[A-Z_]+)\"",
     r"envvar=\"(PYMERGE_[A-Z_]+)\"",
     r"^option\((PYMERGE_[A-Z_]+) ",
     r"^set\((PYMERGE_[A-Z_]+) .* CACHE ",

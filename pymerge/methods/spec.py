@@ -41,6 +41,16 @@ class ParameterSpec:
     def required(self) -> bool:
         return self.default is None
 
+    @property
+    def bounds(self) -> str:
+        """``0 to 1``, ``at least 0``, ``at most 1``; empty where nothing bounds the number."""
+        low, high = (
+            None if bound is None else f"{bound:.10g}" for bound in (self.minimum, self.maximum)
+        )
+        if low is None:
+            return "" if high is None else f"at most {high}"
+        return f"at least {low}" if high is None else f"{low} to {high}"
+
 
 @dataclass(frozen=True)
 class MethodSpec:
@@ -63,6 +73,22 @@ class MethodSpec:
     parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
     statistics: Statistics = "none"
     presets: Mapping[str, Mapping[str, ParameterValue]] = field(default_factory=dict)
+
+    @property
+    def model_count(self) -> str:
+        """``2``, ``1 to 84``, ``1 or more``."""
+        if self.max_models == self.min_models:
+            return str(self.min_models)
+        end = "or more" if self.max_models is None else f"to {self.max_models}"
+        return f"{self.min_models} {end}"
+
+    def preset_lines(self) -> dict[str, str]:
+        """What each preset sets, as a recipe writes it; empty for the one that is the default."""
+        found = {}
+        for name in self.parameters[PRESET].choices if PRESET in self.parameters else ():
+            values = self.presets.get(name, {})
+            found[name] = ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
+        return found
 
     def default(self, name: str, preset: ParameterValue | None) -> ParameterValue | None:
         """The value of a parameter that is not given; None where it is required."""

@@ -77,7 +77,8 @@ def compared_elsewhere(shown: str) -> tuple[dict[str, dict[str, Any]], str]:
     backend, _, emulated = ELSEWHERE[shown]
     command = [sys.executable, str(Path(__file__).with_name("cases.py")), backend]
     done = subprocess.run(
-        [*command, *(["--small"] if emulated else [])],
+        # Triton compiles each case anew, which for the whole table takes hours on a device too.
+        [*command, *(["--small"] if emulated or backend == "triton" else [])],
         env=environment_of(shown),
         capture_output=True,
         text=True,
