@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from pymerge.errors import PymergeError, RecipeError
+from pymerge.methods.gram import exact_sum
 from pymerge.methods.parameters import by_name
 from pymerge.methods.protocol import SPAN, Applied, Apply, Tensor, Tile
 from pymerge.methods.registry import method
@@ -111,12 +112,6 @@ def emr(tensor: Tensor) -> Apply:
 
     def total(tiles: Sequence[Any]) -> list[float]:
         spans = np.concatenate(tiles) if tiles else np.zeros((0, 2 * tensor.num_models))
-        return [_sum(column) for column in spans.T]
+        return [exact_sum(column) for column in spans.T]
 
     return Apply(run, total)
-
-
-def _sum(spans: Any) -> float:
-    """Exact whatever the spans' order; NaN or infinity where one of them is."""
-    values = [float(value) for value in spans]
-    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan

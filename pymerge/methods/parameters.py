@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from pymerge.errors import RecipeError
 from pymerge.methods.spec import PRESET, ParameterSpec
+
+#: Sums of weights below this count as 1 (mergekit's constant).
+SMALLEST_DIVISOR = 1e-8
 
 WEIGHT = ParameterSpec("weight", "float", "model", None, "Relative weight of the model.")
 DENSITY = ParameterSpec(
@@ -53,20 +58,23 @@ def by_name(*parameters: ParameterSpec) -> Mapping[str, ParameterSpec]:
     return {parameter.name: parameter for parameter in parameters}
 
 
+def sum_or_one(weights: list[float]) -> float:
+    """The sum of the weights as a divisor; a vanishing one counts as 1, as in mergekit."""
+    total = sum(weights)
+    return 1.0 if abs(total) < SMALLEST_DIVISOR else total
+
+
 def nonzero_sum(weights: list[float], tensor: str, method: str) -> float:
     """The float32 sum of the weights, in order, as the divisor of a weighted mean.
 
     :raises RecipeError: the sum is zero, so that the mean does not exist.
     """
-    import numpy as np
-
     total = np.float32(0)
     for weight in weights:
         total = np.float32(total + np.float32(weight))
     if total == 0:
         raise RecipeError(
-            f"{method}: the weights of tensor {tensor!r} sum to zero ({weights}), so their "
-            "mean does "
-            "not exist; change the weights or set normalize: false"
+            f"{method}: the weights of tensor {tensor!r} sum to zero ({weights}), so their mean "
+            "does not exist; change the weights or set normalize: false"
         )
     return float(total)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.methods.parameters import INT8_MASK, LAMBDA, WEIGHT, normalize
+from pymerge.methods.gram import exact_sum
+from pymerge.methods.parameters import INT8_MASK, LAMBDA, WEIGHT, normalize, sum_or_one
 from pymerge.methods.protocol import SPAN, Apply, Measure, Tensor, Tile
 from pymerge.methods.spec import ParameterSpec
 from pymerge.ops.selection import ALL_DRAWS, Keep
@@ -34,8 +35,6 @@ ROW_OPS = ("axpy_n", "row_sparsify", "kept_sums", "disjoint_merge")
 SCRATCH = 1 << 16
 #: Sums of magnitudes below this are not divided by (mergekit's constant).
 SMALLEST_NORM = 1e-7
-#: Sums of weights below this count as 1 (mergekit's constant).
-SMALLEST_DIVISOR = 1e-8
 LARGEST_FACTOR = float(np.finfo(np.float32).max)
 
 Factors = Generator[Measure, Any, list[float] | None]
@@ -94,9 +93,7 @@ def combination(tensor: Tensor, elects: bool) -> Combination:
     scale = float(tensor.parameters["lambda"])
     if elects:
         return Combination(weights, "weighted", "mean" if divides else "sum", 1.0, scale)
-    divisor = sum(weights) if divides else 1.0
-    if abs(divisor) < SMALLEST_DIVISOR:
-        divisor = 1.0
+    divisor = sum_or_one(weights) if divides else 1.0
     return Combination(weights, "none", "sum", divisor, scale)
 
 
@@ -132,7 +129,7 @@ def totals(spans: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """
     whole = np.concatenate(spans) if spans else np.zeros((0, 1))
     columns = whole.reshape(len(whole), -1)
-    sums = [math.fsum(columns[:, column].tolist()) for column in range(columns.shape[1])]
+    sums = [exact_sum(column) for column in columns.T]
     return np.array(sums).reshape(whole.shape[1:])
 
 

@@ -6,7 +6,7 @@ wᵢ``.
 
 from __future__ import annotations
 
-from pymerge.methods.parameters import INT8_MASK, LAMBDA, WEIGHT, by_name, normalize
+from pymerge.methods.parameters import INT8_MASK, LAMBDA, WEIGHT, by_name, normalize, sum_or_one
 from pymerge.methods.protocol import Apply, Tensor
 from pymerge.methods.registry import method
 from pymerge.methods.spec import MethodSpec
@@ -26,16 +26,12 @@ SPEC = MethodSpec(
     ),
 )
 
-SMALLEST_DIVISOR = 1e-8
-
 
 @method(SPEC, ops=("axpy_n",))
 def task_arithmetic(tensor: Tensor) -> Apply:
     """Decide the divisor (a vanishing one counts as 1, as in mergekit), then one fused sum."""
     weights = tensor.each("weight")
-    divisor = sum(weights) if tensor.parameters["normalize"] else 1.0
-    if abs(divisor) < SMALLEST_DIVISOR:
-        divisor = 1.0
+    divisor = sum_or_one(weights) if tensor.parameters["normalize"] else 1.0
     scale = float(tensor.parameters["lambda"])
     return Apply(
         lambda tile, out: tensor.ops.axpy_n(
