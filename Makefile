@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PEERS := .venv-peers
+FUSIONBENCH := .venv-fusionbench
+FUSIONBENCH_VERSION := 0.2.33
 DEMO_DIR ?= demo
 ASAN := build/asan
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 'CMakeLists.txt') \
@@ -26,7 +28,7 @@ help:
 	@echo "make format       apply ruff and clang-format"
 	@echo "make docs         write the generated pages of docs/ anew"
 	@echo "make bench        kernel benchmarks (OP=name for one)"
-	@echo "make bench-peers  install mergekit into an environment of its own, for bench and parity tests"
+	@echo "make bench-peers  install mergekit and FusionBench into environments of their own, for bench and parity tests"
 	@echo "make asan         kernel, I/O and header tests under AddressSanitizer"
 	@echo "make doctor       what is available on this machine"
 	@echo "make clean        remove what was built and the demo; distclean: the environments too"
@@ -80,12 +82,21 @@ docs: dev
 bench: dev
 	$(BIN)/python bench/run.py $(OP)
 
-bench-peers: $(PEERS)/.installed
+bench-peers: $(PEERS)/.installed $(FUSIONBENCH)/.installed-$(FUSIONBENCH_VERSION)
 
 $(PEERS)/.installed: bench/requirements-peers.txt constraints.txt
 	@$(PEERS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS)
 	$(PEERS)/bin/python -m pip --disable-pip-version-check --no-input install -q \
 	    -r bench/requirements-peers.txt -c constraints.txt
+	@touch $@
+
+# FusionBench asks for far more than the functions that we compare with import.
+$(FUSIONBENCH)/.installed-$(FUSIONBENCH_VERSION): bench/requirements-fusionbench.txt constraints.txt
+	@$(FUSIONBENCH)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FUSIONBENCH)
+	$(FUSIONBENCH)/bin/python -m pip --disable-pip-version-check --no-input install -q \
+	    -r bench/requirements-fusionbench.txt -c constraints.txt
+	$(FUSIONBENCH)/bin/python -m pip --disable-pip-version-check --no-input install -q \
+	    --no-deps fusion-bench==$(FUSIONBENCH_VERSION)
 	@touch $@
 
 # A second build with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own:
@@ -109,4 +120,4 @@ clean:
 	rm -rf build demo *.egg-info pymerge/_C*.so pymerge/_cuda*.so $(VENV)/.built
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV) $(PEERS) $(FUSIONBENCH)

@@ -52,18 +52,24 @@ class Tile:
             cpu.convert(model, view(fine_tune))
         self.bits = [rng.integers(0, 256, -(-NUM_ELEMENTS // 8), np.uint8) for _ in self.models]
         self.masks = [int(bits.ctypes.data) for bits in self.bits]
+        steps = rng.random((4, NUM_ELEMENTS // 4), np.float32)
+        self.state = [view(array) for array in steps]
+        self._steps = steps
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call to time: its op with the variant, the models it reads, the call, and the share of the
-    op's traffic that this call has."""
+    """A call to time: its op with the variant, the models it reads, the call, the share of the
+    op's traffic that this call has, the bytes of an element of base, model and output, and the
+    elements it works on."""
 
     name: str
     num_models: int
     call: Callable[[Tile], Any]
     base: bool = True
     share: float = 1.0
+    widths: tuple[int, int, int] = (2, 2, 2)
+    elements: int = NUM_ELEMENTS
 
     @property
     def op(self) -> str:
@@ -71,7 +77,8 @@ class Case:
 
     @property
     def bytes_per_element(self) -> float:
-        return TRAFFIC[self.op](2 if self.base else 0, 2, self.num_models, 2) * self.share
+        base, model, out = self.widths
+        return TRAFFIC[self.op](base * self.base, model, self.num_models, out) * self.share
 
 
 def cases(tile: Tile) -> list[Case]:
@@ -222,7 +229,12 @@ def _maps() -> list[Case]:
             t.out, t.base, t.models, limits, highs, cuts, tops, WEIGHTS, mode=mode, scale=1.0
         )
 
+    def adam(t: Tile) -> Any:
+        return cpu.adam_step(*t.state, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, step=1)
+
+    quarter = NUM_ELEMENTS // 4
     return [
+        Case("adam_step", 1, adam, widths=(12, 4, 12), elements=quarter),
         Case("nearswap", 1, lambda t: cpu.nearswap(t.out, t.base, t.models[0], t=1e-3)),
         Case("variance_score", n, lambda t: cpu.variance_score(t.out, t.base, t.models)),
         Case("overlap_counts", n, lambda t: cpu.overlap_counts(t.base, t.models, epsilon=1e-3)),
@@ -327,18 +339,16 @@ def run(names: Sequence[str] = (), isas: Sequence[str] = ()) -> list[dict[str, A
             for isa in isas or cpu.available_isas():
                 cpu.use_isa(isa)
                 seconds, wall = median_seconds(case.call, tiles)
-                rate = case.bytes_per_element * NUM_ELEMENTS / seconds
+                rate = case.bytes_per_element * case.elements / seconds
+                each = 1e9 / case.elements / case.num_models
                 results.append(
                     {
                         "op": case.name,
                         "isa": isa,
-                        "num_elements": NUM_ELEMENTS,
+                        "num_elements": case.elements,
                         "num_models": case.num_models,
-                        "ns_per_element_and_model": seconds * 1e9 / NUM_ELEMENTS / case.num_models,
-                        "wall_ns_per_element_and_model": wall
-                        * 1e9
-                        / NUM_ELEMENTS
-                        / case.num_models,
+                        "ns_per_element_and_model": seconds * each,
+                        "wall_ns_per_element_and_model": wall * each,
                         "gb_per_s": rate / 1e9,
                         "copy_gb_per_s": copy_rate / 1e9,
                         "share_of_copy": rate / copy_rate,

@@ -42,6 +42,8 @@ class Set:
     out: torch.Tensor
     scores: torch.Tensor
     bits: torch.Tensor
+    #: Of adam_step: theta, both moments, the gradient.
+    state: list[torch.Tensor]
 
     @classmethod
     def make(cls, num: int, device: str, seed: int) -> Set:
@@ -61,7 +63,8 @@ class Set:
             device=device,
             generator=generator,
         )
-        return cls(base.bfloat16(), models, out, normal(1e-6).abs(), bits)
+        state = [normal(1e-3).abs() for _ in range(4)]
+        return cls(base.bfloat16(), models, out, normal(1e-6).abs(), bits, state)
 
 
 def view(tensor: torch.Tensor) -> View:
@@ -115,6 +118,10 @@ def cases(ops: Any, first: Set) -> list[Case]:
         ops.magnitude_sample(view(s.base), models(s), 0, group=8, stride=512)
         ops.bracket_count(view(s.base), models(s), low, high, num // 64)
         ops.disjoint_merge(view(s.out), view(s.base), models(s), WEIGHTS, trims, 0)
+
+    def adam(s: Set) -> None:
+        state = [view(part) for part in s.state]
+        ops.adam_step(*state, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, step=1)
 
     look = moved("magnitude_histogram")
     return [
@@ -364,6 +371,7 @@ def cases(ops: Any, first: Set) -> list[Case]:
                 scale=1.0,
             ),
         ),
+        Case("adam_step", "adam_step", 1, TRAFFIC["adam_step"](12, 4, 1, 12), adam),
         Case(
             "convert",
             "convert to float32",

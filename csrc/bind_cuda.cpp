@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/ops.h"
+#include "pymerge/format.h"
 
 namespace py = pybind11;
 namespace cuda = pymerge::cuda;
@@ -383,6 +384,22 @@ cuda::PcbRanges ranges(const char* op, const std::vector<float>& lows, const std
     return {lows, highs, static_cast<pymerge::PcbMode>(mode)};
 }
 
+// numbers: as the fields of Adam.
+uint64_t adam_step(const View& theta, const View& first, const View& second, const View& gradient,
+                   const std::vector<float>& numbers) {
+    const char* op = "adam_step";
+    const int64_t num = std::get<2>(theta);
+    require_count(op, "numbers", numbers.size(), 5);
+    const cuda::View state[] = {output(op, theta), checked(op, "the first moment", first, num),
+                                checked(op, "the second moment", second, num),
+                                checked(op, "the gradient", gradient, num)};
+    for (const cuda::View& view : state) {
+        require(view.format == static_cast<int32_t>(pymerge::Format::F32), op, "expected float32 memory");
+    }
+    const pymerge::Adam adam{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+    return run([&] { return cuda::adam_step(state[0], state[1], state[2], state[3], adam); });
+}
+
 uint64_t pcb_score(const View& out, const View& base, const Views& views, size_t index, const std::vector<float>& lows,
                    const std::vector<float>& highs, int32_t mode, int32_t part) {
     const char* op = "pcb_score";
@@ -479,6 +496,7 @@ void bind_ops(py::module_& module) {
     module.def("elect_max", &elect_max, "out"_a, "base"_a, "models"_a);
     module.def("elect_masks", &elect_masks, "masks"_a, "base"_a, "models"_a);
     module.def("apply_task", &apply_task, "out"_a, "base"_a, "vector"_a, "mask"_a, "scale"_a);
+    module.def("adam_step", &adam_step, "theta"_a, "first"_a, "second"_a, "gradient"_a, "numbers"_a);
     module.def("pcb_score", &pcb_score, "out"_a, "base"_a, "models"_a, "index"_a, "lows"_a, "highs"_a, "mode"_a,
                "part"_a);
     module.def("pcb_merge", &pcb_merge, "out"_a, "base"_a, "models"_a, "lows"_a, "highs"_a, "cuts"_a, "tops"_a,

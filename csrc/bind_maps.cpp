@@ -249,6 +249,26 @@ uint64_t pcb_merge(const View& out, const View& base, const Views& views, const 
     return run_write("pcb_merge", pymerge::pcb_merge, op);
 }
 
+// numbers: as the fields of Adam.
+uint64_t adam_step(const View& theta, const View& first, const View& second, const View& gradient,
+                   const Numbers& numbers) {
+    const char* name = "adam_step";
+    const size_t num = count_of(theta);
+    require_equal_counts(name, num, {first, second, gradient});
+    require_count(name, "numbers", numbers.size(), 5);
+    for (const View& view : {theta, first, second, gradient}) {
+        require_memory(name, "elements", std::get<0>(view), num);
+        require_count(name, "as format code", static_cast<size_t>(std::get<1>(view)), static_cast<size_t>(pymerge::Format::F32));
+    }
+    return run_write(name, pymerge::adam_step,
+                     {pointer<float>(std::get<0>(theta)),
+                      pointer<float>(std::get<0>(first)),
+                      pointer<float>(std::get<0>(second)),
+                      pointer<const float>(std::get<0>(gradient)),
+                      num,
+                      {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]}});
+}
+
 }  // namespace
 }  // namespace binding
 
@@ -281,6 +301,7 @@ void bind_maps(pybind11::module_& module) {
     module.def("apply_task", &apply_task, "out"_a, "base"_a, "vector"_a, "mask"_a, "scale"_a);
     module.def("pcb_score", &pcb_score, "out"_a, "base"_a, "models"_a, "index"_a, "lows"_a, "highs"_a, "mode"_a,
                "part"_a);
+    module.def("adam_step", &adam_step, "theta"_a, "first"_a, "second"_a, "gradient"_a, "numbers"_a);
     module.def("pcb_merge", &pcb_merge, "out"_a, "base"_a, "models"_a, "lows"_a, "highs"_a, "cuts"_a, "tops"_a,
                "weights"_a, "mode"_a, "scale"_a);
 }

@@ -18,9 +18,13 @@ from pymerge.errors import (
 
 if TYPE_CHECKING:
     from pymerge import methods
+    from pymerge.adaptive.collect import collect
+    from pymerge.adaptive.regmean_plus_plus import regmean_plus_plus
     from pymerge.api import load_recipe, merge, plan, verify
     from pymerge.engine.run import MergeReport
     from pymerge.in_memory import merge_tensor
+    from pymerge.lora.combine import combine_lora
+    from pymerge.lora.extract import extract_lora
     from pymerge.runtime.load import load_task
     from pymerge.runtime.materialize import materialize
 
@@ -34,6 +38,9 @@ __all__ = [
     "RecipeError",
     "StorageError",
     "__version__",
+    "collect",
+    "combine_lora",
+    "extract_lora",
     "load_recipe",
     "load_task",
     "materialize",
@@ -41,11 +48,16 @@ __all__ = [
     "merge_tensor",
     "methods",
     "plan",
+    "regmean_plus_plus",
     "verify",
 ]
 
 # Loaded on first use, so that `import pymerge` and `pymerge --help` cost nothing.
 _HOMES = {
+    "collect": ("pymerge.adaptive.collect", "collect"),
+    "regmean_plus_plus": ("pymerge.adaptive.regmean_plus_plus", "regmean_plus_plus"),
+    "combine_lora": ("pymerge.lora.combine", "combine_lora"),
+    "extract_lora": ("pymerge.lora.extract", "extract_lora"),
     "load_recipe": ("pymerge.api", "load_recipe"),
     "merge": ("pymerge.api", "merge"),
     "plan": ("pymerge.api", "plan"),

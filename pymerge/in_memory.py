@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -15,13 +16,24 @@ from pymerge.errors import PymergeError, RecipeError
 from pymerge.formats import BF16, BY_CODE, BY_TORCH_NAME, BYTES, F32, Format, promote
 from pymerge.machine import compute_threads
 from pymerge.methods import get_method
-from pymerge.methods.protocol import Apply, Folded, Measure, Tensor, Tile, decide
+from pymerge.methods.protocol import (
+    Apply,
+    EachTensor,
+    Folded,
+    Measure,
+    Solve,
+    Tensor,
+    Tile,
+    answer,
+    decide,
+)
 from pymerge.methods.spec import PRESET, MethodSpec, ParameterSpec, ParameterValue
 from pymerge.methods.values import check_value
 from pymerge.names import listed, nearest, shown
 from pymerge.ops.executor import make_executor
 from pymerge.ops.opset import choose_ops
 from pymerge.ops.view import View, view
+from pymerge.ops.workspace import Workspace
 
 TILE_ELEMENTS = 1 << 19
 
@@ -91,32 +103,59 @@ def merge_tensor(
     granule = chosen.granule(tensor)
     tiles = _cut(base_view, models, max(granule, TILE_ELEMENTS // granule * granule))
 
-    def look(run: Callable[[Tile], Any], tile: Tile) -> Any:
-        with executor.here(tile.views) as (views, _):
+    device = executor.devices[0]
+
+    def look(run: Callable[[Tile], Any], models: Sequence[int] | None, tile: Tile) -> Any:
+        tile = _of_models(tile, models)
+        with executor.here(tile.views, device=device) as (views, _):
             return run(tile.at(views))
 
     def write(apply: Apply, tile: Tile) -> Any:
+        tile = _of_models(tile, apply.models)
         outputs = [out.part(tile.start, tile.num)]
         if beside is not None:
             outputs += beside.views(tile)
-        with executor.here(tile.views, outputs) as (views, results):
+        with executor.here(tile.views, outputs, device) as (views, results):
             extras = () if beside is None else (results[1:2], results[2:])
             return apply.run(tile.at(views), results[0], *extras)
 
-    with closing(executor), ThreadPoolExecutor(num_threads) as pool:
+    with ExitStack() as stack:
+        stack.enter_context(closing(executor))
+        pool = stack.enter_context(ThreadPoolExecutor(num_threads))
+        if chosen.cost is not None and chosen.cost(tensor).num_bytes:
+            workspace = stack.enter_context(Workspace(num_threads, device))
+            tensor = replace(tensor, workspace=workspace, store=_Kept())
 
         def measure(question: Measure) -> Any:
             chosen_tiles = tiles if question.only is None else [tiles[question.only]]
+            if question.within is not None:
+                first, num = question.within
+                chosen_tiles = [
+                    tile
+                    for tile in tiles
+                    if first < tile.start + tile.num and tile.start < first + num
+                ]
             run_all = map if question.ordered else pool.map
             if question.fold is None:
-                return list(run_all(partial(look, question.run), chosen_tiles))
+                return list(run_all(partial(look, question.run, question.models), chosen_tiles))
             total = Folded(question.run, question.fold)
-            list(run_all(partial(look, total.add), chosen_tiles))
+            list(run_all(partial(look, total.add, question.models), chosen_tiles))
             return total.value
 
+        def ask(question: Any) -> Any:
+            if isinstance(question, Measure):
+                return measure(question)
+            if isinstance(question, Solve):
+                with tensor.room.active():
+                    return question.run()
+            if isinstance(question, EachTensor):
+                return {name: answer(question.run(tensor), ask)}
+            return None  # arrays have no factors
+
         if chosen.model_wide(tensor) and chosen.measure_model is not None:
-            tensor = _with_state(tensor, _measure_alone(chosen.measure_model, tensor, measure))
-        apply = decide(chosen, tensor, measure)
+            state = _measure_alone(chosen.measure_model, tensor, ask)
+            tensor = replace(tensor, state=state)
+        apply = decide(chosen, tensor, ask)
         found = list(pool.map(partial(write, apply), tiles))
     if beside is None:
         return result
@@ -165,17 +204,29 @@ class _Beside:
 
 def _measure_alone(measure_model: Any, tensor: Tensor, measure: Any) -> Any:
     """A model-wide measurement where the one tensor is the whole model."""
-    from pymerge.methods.protocol import answer
 
-    def measure_named(question: Measure) -> Any:
+    def measure_named(question: Any) -> Any:
         found = measure(question)
-        return found if question.fold is not None else {tensor.name: found}
+        is_look = isinstance(question, Measure)
+        return {tensor.name: found} if is_look and question.fold is None else found
 
     return answer(measure_model([tensor]), measure_named)
 
 
-def _with_state(tensor: Tensor, state: Any) -> Tensor:
-    return Tensor(**{**tensor.__dict__, "state": state})
+class _Kept(dict[str, Any]):
+    """What a model-wide measurement keeps, in memory."""
+
+    def put(self, name: str, array: Any) -> None:
+        self[name] = array
+
+    def get(self, name: str) -> Any:  # type: ignore[override]
+        return self[name]
+
+
+def _of_models(tile: Tile, models: Sequence[int] | None) -> Tile:
+    if models is None:
+        return tile
+    return tile._replace(models=tuple(tile.models[index] for index in models))
 
 
 def _check_inputs(spec: MethodSpec, base: Any | None, tensors: Sequence[Any]) -> None:

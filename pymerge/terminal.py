@@ -7,12 +7,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from pymerge.checkpoint import Checkpoint
 from pymerge.engine.events import Snapshot
@@ -21,6 +19,9 @@ from pymerge.engine.run import MergeReport
 from pymerge.methods.spec import MethodSpec, ParameterSpec
 from pymerge.plan import Plan
 from pymerge.sizes import counted, format_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 #: A piped run prints a line this often.
 LINE_SECONDS = 5.0
@@ -51,6 +52,8 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._live:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -122,7 +125,7 @@ def print_report(report: MergeReport) -> None:
         f"{report.method}{resumed} in {report.seconds:.2f} s"
     )
     stages = ", ".join(
-        f"{stage} {seconds:.2f} s" for stage, seconds in report.stage_seconds.items()
+        f"{stage} {seconds:.2f} s" for stage, seconds in report.stage_seconds.items() if seconds
     )
     _out.print(
         f"  read {format_size(report.bytes_read)}, wrote "
@@ -204,6 +207,8 @@ def print_plan(plan: Plan, rates: Rates | None, *, as_json: bool, tensors: bool)
     if as_json:
         print(json.dumps({**summary, "jobs": rows} if tensors else summary, indent=2))
         return
+    from rich.table import Table
+
     print_warnings(plan.warnings)
     table = Table.grid(padding=(0, 2))
     for key, value in _plan_lines(plan, summary):
@@ -313,6 +318,8 @@ def print_checkpoint(
 
 def print_methods(found: Sequence[MethodSpec]) -> None:
     """One line a method."""
+    from rich.table import Table
+
     table = Table("method", "base model", "models", "what it does", box=None)
     for spec in sorted(found, key=lambda each: each.name):
         base = "one of the models" if spec.base == "input" else spec.base
@@ -323,6 +330,8 @@ def print_methods(found: Sequence[MethodSpec]) -> None:
 
 def print_method(spec: MethodSpec) -> None:
     """A method with its parameters."""
+    from rich.table import Table
+
     _out.print(f"[bold]{spec.name}[/]: {escape(spec.summary)}")
     if spec.paper:
         _out.print(spec.paper)

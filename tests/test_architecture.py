@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "recipe": set(),
     # The checksums of verify are the extension's.
     "checkpoint": {"_C"},
+    "adaptive": {"checkpoint", "ops"},
+    "lora": {"checkpoint", "ops"},
     "plan": {"recipe", "checkpoint", "methods", "ops"},
     "report": set(),
     "engine": {"plan", "checkpoint", "methods", "ops", "report", "_C"},
@@ -49,8 +51,18 @@ MAY_IMPORT = {
     "demo": {""},
     "terminal": {"engine", "plan", "checkpoint"},
     "runtime": {"api", "engine", "plan", "checkpoint", "methods", "ops"},
-    "cli": {"api", "engine", "checkpoint", "methods", "terminal", "doctor", "demo", "runtime"},
-    "": {"api", "engine", "in_memory", "methods", "runtime"},
+    "cli": {
+        "api",
+        "engine",
+        "checkpoint",
+        "methods",
+        "terminal",
+        "doctor",
+        "demo",
+        "lora",
+        "runtime",
+    },
+    "": {"adaptive", "api", "engine", "in_memory", "lora", "methods", "runtime"},
 }
 
 #: pymerge.plan is a package and a function of the API; the package answers a call by the function.
@@ -71,6 +83,8 @@ THIRD_PARTIES = {
     "methods": {"numpy"},
     "recipe": {"yaml", "pydantic"},
     "checkpoint": {"numpy"},
+    "adaptive": {"numpy"},
+    "lora": {"numpy"},
     "plan": {"numpy"},
     "report": {"yaml"},
     "engine": {"numpy"},
@@ -219,11 +233,26 @@ def test_help_loads_nothing_heavy():
     assert not loaded(program) & {*HEAVY, "numpy", "pydantic", "yaml"}
 
 
+LINEAR = """
+import pymerge
+recipe = "{merge_method: linear, models: [{model: llama}, {model: llama-finance}], parameters: "
+pymerge.merge(recipe + "{weight: 1}}", "out")
+"""
+
+
 def test_a_linear_merge_does_not_load_torch(model_folder):
-    recipe = "{merge_method: linear, models: [{model: llama}, {model: llama-finance}], parameters: "
-    program = f"import pymerge\npymerge.merge('{recipe}{{weight: 1}}}}', 'out')"
-    assert not loaded(program, cwd=model_folder) & HEAVY
+    assert not loaded(LINEAR, cwd=model_folder) & HEAVY
     assert (model_folder / "out" / "model.safetensors").exists()
+
+
+def test_a_linear_merge_loads_no_other_method(model_folder):
+    names = python(f"{LINEAR}import sys\nprint(*sys.modules)", cwd=model_folder).split()
+    files = (PACKAGE / "methods").glob("*.py")
+    methods = {path.stem for path in files if "\n@method(" in path.read_text(encoding="utf-8")}
+    assert len(methods) > 1
+    assert {name.rpartition(".")[2] for name in names if ".methods." in name} & methods == {
+        "linear"
+    }
 
 
 def test_ops_work_with_numpy_alone():

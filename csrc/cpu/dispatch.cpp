@@ -314,6 +314,11 @@ Status pcb_merge(const ElementMap& op, uint64_t* num_nonfinite) {
     return write(op, &OpTable::pcb_merge, num_nonfinite);
 }
 
+Status adam_step(const AdamStep& op, uint64_t* num_nonfinite) {
+    return run(check_pair({}, {op.gradient, Format::F32}),
+               [&](const OpTable& table) { *num_nonfinite = table.adam_step(op); });
+}
+
 uint64_t num_sampled(uint64_t start, uint64_t num, uint64_t group, uint64_t stride) {
     const uint64_t period = group * stride;
     const auto sampled_before = [&](uint64_t end) {

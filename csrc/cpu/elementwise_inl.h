@@ -147,5 +147,37 @@ uint64_t pcb_merge(const ElementMap& op) {
     });
 }
 
+// Stores the first n lanes, a NaN as the positive quiet one.
+template <class V>
+PM_INLINE void store_up_to(float* p, size_t n, typename V::F x) {
+    x = V::select(V::is_nan(x), nan<V>(), x);
+    if (n >= V::kLanes) return V::store(Tag<Format::F32>{}, p, x);
+    alignas(64) float rest[V::kLanes];
+    V::put(rest, x);
+    memcpy(p, rest, n * sizeof(float));
+}
+
+template <class V>
+uint64_t adam_step(const AdamStep& op) {
+    uint64_t nonfinite = 0;
+    for (size_t begin = 0; begin < op.num; begin += kBlockElements) {
+        const size_t end = begin + smaller(kBlockElements, op.num - begin);
+        typename V::I counts = V::set(int32_t{0});
+        for (size_t j = begin; j < end; j += V::kLanes) {
+            const size_t n = end - j;
+            typename V::F theta = load_up_to<V>(op.theta + j, n);
+            typename V::F first = load_up_to<V>(op.first + j, n);
+            typename V::F second = load_up_to<V>(op.second + j, n);
+            adam_step<V>(op.adam, load_up_to<V>(op.gradient + j, n), &theta, &first, &second);
+            store_up_to<V>(op.theta + j, n, theta);
+            store_up_to<V>(op.first + j, n, first);
+            store_up_to<V>(op.second + j, n, second);
+            counts = V::count(counts, V::both(V::first(smaller(n, V::kLanes)), is_not_finite<V>(theta)));
+        }
+        nonfinite += V::sum(counts);
+    }
+    return nonfinite;
+}
+
 }  // namespace
 }  // namespace pymerge

@@ -41,6 +41,7 @@ struct OpTable {
     uint64_t (*apply_task)(const ElementMap&);
     uint64_t (*pcb_score)(const ElementMap&);
     uint64_t (*pcb_merge)(const ElementMap&);
+    uint64_t (*adam_step)(const AdamStep&);
 };
 
 extern const OpTable scalar_ops;

@@ -64,7 +64,8 @@ constexpr OpTable op_table(const char* name) {
                    elect_masks<V>,
                    apply_task<V>,
                    pcb_score<V>,
-                   pcb_merge<V>};
+                   pcb_merge<V>,
+                   adam_step<V>};
 }
 
 }  // namespace

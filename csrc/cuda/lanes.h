@@ -65,6 +65,9 @@ struct Lanes {
     PM_DEVICE static I shift_left(const I& a, int32_t n) {
         return gather<int32_t>([&](int lane) { return Scalar::shift_left(a.v[lane], n); });
     }
+    PM_DEVICE static F sqrt(const F& a) {
+        return gather<float>([&](int lane) { return Scalar::sqrt(a.v[lane]); });
+    }
     PM_DEVICE static M is_nan(const F& a) {
         return gather<bool>([&](int lane) { return Scalar::is_nan(a.v[lane]); });
     }

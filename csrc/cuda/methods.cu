@@ -205,6 +205,48 @@ struct overlap_counts_kernel {
     }
 };
 
+struct adam_step_kernel {
+    static constexpr int kThreads = 256;
+    Source gradient;
+    Target theta;
+    Target first;
+    Target second;
+    int64_t num;
+    Adam adam;
+    uint64_t* nonfinite;
+
+    PM_DEVICE static Lanes::F current(const Target& target, const Chunk& chunk) {
+        return read({target.data, target.format, target.width < 8 ? 1 : target.width}, chunk);
+    }
+
+    template <class Block>
+    PM_DEVICE void operator()(const Block& block) const {
+        uint32_t* count = block.template shared<uint32_t>();
+        block.phase([&](int thread) {
+            if (thread == 0) *count = 0;
+        });
+        block.phase([&](int thread) {
+            uint32_t bad = 0;
+            const int64_t num_chunks = (num + kLanes - 1) / kLanes;
+            for (int64_t number = block.index() * kThreads + thread; number < num_chunks;
+                 number += block.num() * kThreads) {
+                const Chunk chunk = chunk_of(number, num);
+                Lanes::F x = current(theta, chunk);
+                Lanes::F m = current(first, chunk);
+                Lanes::F v = current(second, chunk);
+                pymerge::adam_step<Lanes>(adam, read(gradient, chunk), &x, &m, &v);
+                bad += write(theta, chunk, x);
+                write(first, chunk, m);
+                write(second, chunk, v);
+            }
+            if (bad) atomic_add(count, bad);
+        });
+        block.phase([&](int thread) {
+            if (thread == 0 && *count) atomic_add(nonfinite, uint64_t{*count});
+        });
+    }
+};
+
 void run_masks(const char* op, const std::vector<uint64_t>& masks, const Models& models,
                const std::vector<float>& thresholds, Vote8 vote) {
     if (models.num == 0) return;
@@ -331,6 +373,27 @@ uint64_t pcb_merge(const View& out, const Models& models, const PcbRanges& range
     map.weights = tables.add(weights);
     map.scale = scale;
     return run_map<Speed::Any>("pcb_merge", out, models, &tables, true, map);
+}
+
+uint64_t adam_step(const View& theta, const View& first, const View& second, const View& gradient, const Adam& adam) {
+    const char* op = "adam_step";
+    if (theta.num == 0) return 0;
+    Workspace workspace;
+    const size_t count = workspace.reserve(sizeof(uint64_t));
+    workspace.allocate();
+    adam_step_kernel kernel{};
+    kernel.gradient = source_of(gradient);
+    kernel.theta = target_of(theta);
+    kernel.first = target_of(first);
+    kernel.second = target_of(second);
+    kernel.num = theta.num;
+    kernel.adam = adam;
+    kernel.nonfinite = workspace.at<uint64_t>(count);
+    clear(op, kernel.nonfinite, sizeof(uint64_t));
+    launch(op, theta.num, blocks_for(divided_up(theta.num, kLanes), kernel.kThreads), kCountBytes, kernel);
+    uint64_t nonfinite = 0;
+    download(op, &nonfinite, kernel.nonfinite, sizeof nonfinite);
+    return nonfinite;
 }
 
 }  // namespace cuda

@@ -83,6 +83,7 @@ uint64_t apply_task(const View& out, const Models& models, uint64_t mask, float 
 uint64_t pcb_score(const View& out, const Models& models, size_t index, const PcbRanges& ranges, int32_t part);
 uint64_t pcb_merge(const View& out, const Models& models, const PcbRanges& ranges, const std::vector<float>& cuts,
                    const std::vector<float>& tops, const std::vector<float>& weights, float scale);
+uint64_t adam_step(const View& theta, const View& first, const View& second, const View& gradient, const Adam& adam);
 
 // selection.cu
 void magnitude_sample(const Models& models, int64_t start, int64_t group, int64_t stride, int64_t num_sampled,

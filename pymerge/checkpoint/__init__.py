@@ -22,6 +22,7 @@ from pymerge.checkpoint.manifest import (
 )
 from pymerge.checkpoint.sidefiles import companion_files, skipped_files, tokenizer_files
 from pymerge.checkpoint.source import Checkpoint, is_head, open_checkpoint
+from pymerge.checkpoint.statistics import Statistics, find_statistics
 from pymerge.checkpoint.verify import VerifyReport, verify_folder
 
 __all__ = [
@@ -38,10 +39,12 @@ __all__ = [
     "Manifest",
     "OutputTensor",
     "ShardLayout",
+    "Statistics",
     "TensorEntry",
     "VerifyReport",
     "companion_files",
     "config_json",
+    "find_statistics",
     "index_json",
     "is_head",
     "layer_count",

@@ -149,6 +149,44 @@ def open_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:
     return Adapter(reference, folder, config, read_header(converted))
 
 
+def sort_tensors(
+    header: Header,
+) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
+    """The tensors of an adapter: module -> part (``lora_A``, ``lora_embedding_B``, ``lora_B.bias``,
+    ``lora_magnitude_vector``, ...) -> tensor; and the others by their names, without PEFT's prefix.
+
+    Raises CheckpointError where a part comes twice or the file holds several adapters.
+    """
+    modules: dict[str, dict[str, TensorEntry]] = {}
+    others: dict[str, TensorEntry] = {}
+    adapters: set[str] = set()
+    for key, entry in header.tensors.items():
+        name = key.removeprefix(PREFIX)
+        match = _FACTOR.fullmatch(name) or _EMBEDDING.fullmatch(name) or _MAGNITUDE.fullmatch(name)
+        if match is None:
+            others[name] = entry
+            continue
+        module, part, adapter = match[1], match[2], match[3]
+        if adapter is not None:
+            adapters.add(adapter)
+        if match.re is _FACTOR and match[4] == "bias":
+            part += ".bias"
+        parts = modules.setdefault(module, {})
+        if part in parts:
+            raise CheckpointError(
+                f"{header.path}, tensor {shown(entry.name)}: expected one {part} for a module, "
+                f"found a second one beside {parts[part].name}; copy, download or save the adapter "
+                "again"
+            )
+        parts[part] = entry
+    if len(adapters) > 1:
+        raise CheckpointError(
+            f"{header.path}: expected one adapter, found {', '.join(sorted(adapters))}; save each "
+            "into a folder of its own"
+        )
+    return modules, others
+
+
 def base_of(adapter: Adapter) -> str:
     """The base that the adapter's configuration names. Raises CheckpointError where it does not."""
     if adapter.config.base is None:
@@ -225,31 +263,8 @@ class _Application:
 
     def _sort(self) -> None:
         """Tell the parts of each module and the tensors that replace others."""
-        adapters: set[str] = set()
-        for key, entry in self._adapter.header.tensors.items():
-            name = key.removeprefix(PREFIX)
-            match = (
-                _FACTOR.fullmatch(name) or _EMBEDDING.fullmatch(name) or _MAGNITUDE.fullmatch(name)
-            )
-            if match is None:
-                self._replaced[self._plain(name)] = entry
-                continue
-            module, part, adapter = match[1], match[2], match[3]
-            if adapter is not None:
-                adapters.add(adapter)
-            if match.re is _FACTOR and match[4] == "bias":
-                part += ".bias"
-            parts = self._modules.setdefault(module, {})
-            if part in parts:
-                self._refuse(
-                    entry, f"one {part} for a module", f"a second one beside {parts[part].name}"
-                )
-            parts[part] = entry
-        if len(adapters) > 1:
-            raise CheckpointError(
-                f"{self._file}: expected one adapter, found {', '.join(sorted(adapters))}; save "
-                "each into a folder of its own"
-            )
+        self._modules, others = sort_tensors(self._adapter.header)
+        self._replaced = {self._plain(name): entry for name, entry in others.items()}
 
     def _plain(self, name: str) -> str:
         """The model's name of a tensor that PEFT keeps in a wrapper of the module."""

@@ -21,6 +21,9 @@ from pymerge.formats import Format
 TASKS_STEM = "tasks"
 TASKS_FILE = re.compile(rf"{TASKS_STEM}(-\d+-of-\d+)?\.safetensors")
 TASKS_NAME = "tasks.json"
+#: A folder of measurements in that of a model, and what describes them; not part of the model.
+STATISTICS_FOLDER = "pymerge-statistics"
+STATISTICS_NAME = "statistics.json"
 #: Data begins at a multiple of this, so that tensors of whole pages are page-aligned in the file.
 PAGE_BYTES = 4096
 METADATA = {"format": "pt"}

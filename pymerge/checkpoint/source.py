@@ -15,7 +15,7 @@ from pymerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from pymerge.checkpoint.config import CONFIG_NAME, read_json_object, tie_flag
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
 from pymerge.checkpoint.index import INDEX_NAME, INDEX_SUFFIX, check_agreement, read_index
-from pymerge.checkpoint.layout import TASKS_FILE
+from pymerge.checkpoint.layout import STATISTICS_FOLDER, STATISTICS_NAME, TASKS_FILE
 from pymerge.checkpoint.quantization import refuse_quantized_config, refuse_quantized_tensors
 from pymerge.checkpoint.strict_json import shown, shown_names
 from pymerge.errors import CheckpointError
@@ -188,6 +188,11 @@ def _find_index(folder: Path) -> Path | None:
 def _open_folder(
     reference: str, folder: Path, index: Path | None, hub_id: str | None, allow_pickle: bool
 ) -> Checkpoint:
+    if folder.absolute().name == STATISTICS_FOLDER and (folder / STATISTICS_NAME).is_file():
+        raise CheckpointError(
+            f"model {shown(reference)}: expected a model, found statistics of one; name the folder "
+            "above it"
+        )
     config = read_json_object(folder / CONFIG_NAME)
     refuse_quantized_config(reference, config)
     if index is not None:
@@ -306,6 +311,7 @@ def _nothing_found(reference: str, folder: Path) -> str:
     if any(folder.glob("*.partial")):
         return f"{found}, found the unfinished output of a merge; resume that merge first"
     nested = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
+    nested = [name for name in nested if name != STATISTICS_FOLDER]
     if nested:
         return (
             f"{found}, found weights only in {shown_names(sorted(set(nested)))}; name that folder"

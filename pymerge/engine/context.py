@@ -10,6 +10,7 @@ from typing import Any
 
 from pymerge.engine.blocks import BlockPool, Stopped
 from pymerge.engine.events import Events
+from pymerge.engine.matrices import Matrices
 from pymerge.engine.output import Output
 from pymerge.engine.sources import Sources
 from pymerge.engine.updates import Updates
@@ -17,6 +18,10 @@ from pymerge.methods.protocol import Tile
 from pymerge.ops.executor import make_executor
 from pymerge.ops.view import View
 from pymerge.plan import Plan
+
+
+#: Jobs in progress at once: while one computes, the next is read.
+NUM_LANES = 3
 
 
 class Context:
@@ -45,6 +50,7 @@ class Context:
         self._slots = threading.Semaphore(self.executor.num_slots)
         self._stopping = threading.Event()
         self.updates = Updates(self)
+        self.matrices = Matrices(self)
 
     def acquire_tile(self, count: int) -> list[int]:
         """Wait until another tile may pass through, and for its blocks.
@@ -76,10 +82,10 @@ class Context:
 
     @contextmanager
     def here(
-        self, tile: Tile, outputs: Sequence[View] = ()
+        self, tile: Tile, outputs: Sequence[View] = (), device: str | None = None
     ) -> Iterator[tuple[Tile, Sequence[View]]]:
-        """The tile and its outputs in the memory of the ops."""
-        with self.executor.here(tile.views, outputs) as (views, results):
+        """The tile and its outputs in the memory of the ops, of one device where it is named."""
+        with self.executor.here(tile.views, outputs, device) as (views, results):
             yield tile.at(views), results
 
     @contextmanager
@@ -95,6 +101,7 @@ class Context:
         """Let tasks in flight finish their stage and start nothing new."""
         self._stopping.set()
         self.pool.stop()
+        self.matrices.stop()
 
     @property
     def stopping(self) -> bool:
@@ -102,5 +109,6 @@ class Context:
 
     def close(self) -> None:
         self._tasks.shutdown(wait=True)
+        self.matrices.close()
         self.executor.close()
         self.sources.close()

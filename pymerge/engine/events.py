@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pymerge.errors import StorageError
 
-STAGES = ("read", "compute", "write")
+STAGES = ("read", "compute", "solve", "write")
 
 
 @dataclass(frozen=True)

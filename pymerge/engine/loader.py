@@ -10,7 +10,7 @@ from pymerge.engine.updates import float_view
 from pymerge.formats import BYTES, F32
 from pymerge.methods.protocol import Tile
 from pymerge.ops.view import View
-from pymerge.plan import Job
+from pymerge.plan import Inputs, Job
 
 
 class TileLoader:
@@ -28,14 +28,14 @@ class TileLoader:
         start = index * self.tile_elements
         return start, min(self.tile_elements, self._job.num_elements - start)
 
-    def tile_bytes(self, index: int) -> int:
+    def tile_bytes(self, index: int, inputs: Inputs) -> int:
         """Bytes that are read for a tile."""
         _, num = self.span(index)
-        return sum(-(-num * entry.format.bits // 8) for entry in self._job.sources)
+        return sum(-(-num * entry.format.bits // 8) for entry in inputs.sources)
 
-    def read_tile(self, index: int, blocks: list[int]) -> Tile:
-        """Read one tile into the first ``job.num_inputs`` blocks; a source that is named twice is
-        read once, whatever updates are put on it.
+    def read_tile(self, index: int, blocks: list[int], inputs: Inputs) -> Tile:
+        """Read one tile into the first ``inputs.num_arrays`` blocks; a source that is named twice
+        is read once, whatever updates are put on it.
 
         The job's updates are held (``Updates.hold``).
 
@@ -44,8 +44,8 @@ class TileLoader:
         start, num = self.span(index)
         job = self._job
         views = {}
-        with self._context.events.stage("read", job.name, self.tile_bytes(index)):
-            for entry, block in zip(job.sources, blocks, strict=False):
+        with self._context.events.stage("read", job.name, self.tile_bytes(index, inputs)):
+            for entry, block in zip(inputs.sources, blocks, strict=False):
                 bits, code = entry.format.bits, entry.format.code
                 num_bytes = -(-num * bits // 8)
                 address = self.read(entry, start * bits // 8, num_bytes, block)
@@ -53,7 +53,7 @@ class TileLoader:
                     View(address, BYTES, num_bytes) if code is None else View(address, code, num)
                 )
         updated = {}
-        for entry, block in zip(job.updates, blocks[len(job.sources) :], strict=False):
+        for entry, block in zip(inputs.updates, blocks[len(inputs.sources) :], strict=False):
             out = updated[entry] = float_view(block, F32, num)
             weight = views[entry.file, entry.offset]
             self._context.updates.put_on(job, entry, start, weight, out)
@@ -63,8 +63,12 @@ class TileLoader:
                 return updated[entry]
             return views[entry.file, entry.offset]
 
-        base = None if job.base is None else view_of(job.base)
-        return Tile(start, num, base, tuple(view_of(entry) for entry in job.models))
+        base = None if inputs.base is None else view_of(inputs.base)
+        models, diagonals = (
+            tuple(view_of(entry) for entry in entries)
+            for entries in (inputs.models, inputs.diagonals)
+        )
+        return Tile(start, num, base, models, diagonals)
 
     def read(self, entry: TensorEntry, first: int, num_bytes: int, block: int) -> int:
         """Read bytes of a tensor into a block; returns the address where they begin."""

@@ -6,7 +6,7 @@ its own, so that a tile gives a run of bytes of every row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pymerge import _C
@@ -71,10 +71,17 @@ def by_output(job: Job, views: Sequence[View]) -> Iterator[Any]:
         first += part.rows
 
 
-def record_of(job: Job, tiles: Sequence[Written], values: Sequence[float]) -> Record:
-    """The record of a tensor whose tiles are all written, in their order."""
+def record_of(
+    job: Job, tiles: Sequence[Written], values: Sequence[float], wholes: Mapping[str, int]
+) -> Record:
+    """The record of a tensor whose tiles are all written, in their order; ``wholes`` are the
+    checksums of the parts that were written as a whole."""
     crcs, first = [], 0
-    for place in (job, *job.parts):
+    places: tuple[Job | Part, ...] = (job, *job.parts)
+    for place in places:
+        if place.name in wholes:
+            crcs.append(wholes[place.name])
+            continue
         num_rows = place.rows if isinstance(place, Part) else 1
         crc = 0
         for row in range(first, first + num_rows):

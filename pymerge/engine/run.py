@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Literal
 
 from pymerge.engine.blocks import Stopped
-from pymerge.engine.context import Context
+from pymerge.engine.context import NUM_LANES, Context
 from pymerge.engine.events import Events, Snapshot
 from pymerge.engine.finish import finished_manifest, make_manifest
 from pymerge.engine.model_look import measure_model
@@ -28,8 +28,6 @@ from pymerge.errors import InterruptedMerge, PymergeError
 from pymerge.plan import Plan
 from pymerge.sizes import counted
 
-#: Jobs in progress at once: while one computes, the next is read.
-NUM_LANES = 3
 #: Files that a merge opens beside its sources and shards: journal, trace, side files, probes.
 OTHER_FILES = 32
 NonFinite = Literal["warn", "fail"]
@@ -99,7 +97,7 @@ def run_plan(
     with room_for_files(_num_files(plan)), _signals(interrupted):
         output = Output(plan, out, overwrite=overwrite, sync=sync, drop_cache=drop_cache)
         try:
-            sources = Sources(plan.checkpoints, read_method)
+            sources = Sources(plan.headers, read_method)
             context = Context(plan, sources, output, events)
             try:
                 _run_lanes(context, interrupted, progress)
@@ -154,8 +152,7 @@ def _report(
 
 def _num_files(plan: Plan) -> int:
     """How many files the merge may have open at once: every source and every shard is one."""
-    sources = {header.path for found in plan.checkpoints.values() for header in found.headers}
-    return len(sources) + len(plan.shards) + OTHER_FILES
+    return len(plan.headers) + len(plan.shards) + OTHER_FILES
 
 
 def _peak_memory() -> int:
@@ -248,7 +245,7 @@ def _bytes_to_read(context: Context) -> int:
         passes = plan.looks[job.name]
         if job.name in done:
             passes = passes - 1 if plan.model_wide else 0
-        total += job.source_bytes * passes + (job.once_bytes if passes else 0)
+        total += round(job.source_bytes * passes) + (job.once_bytes if passes else 0)
     return total
 
 

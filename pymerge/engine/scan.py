@@ -18,7 +18,7 @@ def count_nonfinite(checkpoint: Checkpoint) -> dict[str, int]:
     :raises StorageError: a file cannot be read.
     """
     arena = _C.Arena(BLOCK_BYTES + SLACK)
-    sources = Sources({checkpoint.reference: checkpoint})
+    sources = Sources(checkpoint.headers)
     found: dict[str, int] = {}
     try:
         for name, entry in checkpoint.tensors.items():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from pymerge import _C
-from pymerge.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint import Header, TensorEntry
 from pymerge.errors import StorageError
 
 METHODS = ("dontcache", "direct", "buffered", "plain")
@@ -20,12 +20,8 @@ class Sources:
     ``method`` forces one for all files.
     """
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint], method: str | None = None) -> None:
-        self._headers = {
-            header.path: header
-            for checkpoint in checkpoints.values()
-            for header in checkpoint.headers
-        }
+    def __init__(self, headers: Iterable[Header], method: str | None = None) -> None:
+        self._headers = {header.path: header for header in headers}
         self._method = method
         self._files: dict[Path, _C.SourceFile] = {}
         self._lock = threading.Lock()

@@ -8,18 +8,34 @@ look reads the tiles again.
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pymerge import _C
 from pymerge.engine.context import Context
 from pymerge.engine.gather import gather
 from pymerge.engine.loader import TileLoader
 from pymerge.engine.rows import Written, by_output, record_of, rows_of
-from pymerge.methods.protocol import Applied, Apply, Folded, Measure, Tile, decide
+from pymerge.methods.protocol import (
+    Applied,
+    Apply,
+    Factors,
+    Folded,
+    Measure,
+    Question,
+    Solve,
+    Tensor,
+    Tile,
+    answer,
+    decide,
+)
 from pymerge.ops.view import View
-from pymerge.plan import Job
+from pymerge.plan import Inputs, Job, Part
 from pymerge.plan.model import job_converts
 
 
@@ -30,6 +46,8 @@ class TensorRun:
         self.context = context
         self.job = job
         self.tensor = job.tensor(context.ops, state)
+        self._state = state
+        self._device: str | None = None
         tiling = context.plan.tiling
         self._loader = TileLoader(context, job)
         self.num_tiles = self._loader.num_tiles
@@ -39,14 +57,34 @@ class TensorRun:
         self._inputs: list[int] = []
         self._outputs: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         self._values: Callable[[Sequence[Any]], list[float]] | None = None
+        self._wholes: Mapping[str, NDArray[np.generic]] = {}
 
     def run(self) -> None:
         """Compute and write the job's tensor, then journal it."""
-        self.context.updates.hold(self.job)
-        try:
+        with self._held():
             self._run()
+
+    def explore(self, questions: Callable[[Tensor], Generator[Any, Any, Any]]) -> Any:
+        """Answer a generator of questions about the tensor; nothing is written."""
+        with self._held():
+            return answer(questions(self.tensor), self.ask)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """What the job needs beside its blocks."""
+        context = self.context
+        context.updates.hold(self.job)
+        try:
+            with context.matrices.hold(self.job) as workspace:
+                if workspace is not None:
+                    self._device = workspace.name
+                    self.tensor = self.job.tensor(
+                        context.ops, self._state, workspace, context.matrices.store
+                    )
+                yield
         finally:
-            self.context.updates.release(self.job)
+            self.tensor = self.job.tensor(context.ops, self._state)
+            context.updates.release(self.job)
 
     def _run(self) -> None:
         if not self.resident:
@@ -63,37 +101,62 @@ class TensorRun:
         finally:
             self.context.pool.release(blocks)
 
+    def ask(self, question: Question) -> Any:
+        """Answer one question of the method."""
+        if isinstance(question, Measure):
+            return self.measure(question)
+        if isinstance(question, Solve):
+            with (
+                self.context.events.stage("solve", self.job.name, 0),
+                self.tensor.room.active(),
+            ):
+                return question.run()
+        if isinstance(question, Factors):
+            return self.context.updates.factors(self.job)
+        return self.context.updates.read(self.job, self.job.statistics[question.model])
+
     def measure(self, question: Measure) -> Any:
         """Answer one look of the method."""
-        tiles = range(self.num_tiles) if question.only is None else (question.only,)
+        tiles: Iterable[int] = (question.only,) if question.only is not None else ()
+        if question.only is None:
+            tiles = self.context.plan.tiling.tiles_within(self.job, question.within)
+        models = question.models
         if question.ordered:
-            return [gather([self.submit_look(index, question.run)])[0] for index in tiles]
+            return [gather([self.submit_look(i, question.run, models)])[0] for i in tiles]
         if question.fold is None:
-            return gather(self.submit_look(index, question.run) for index in tiles)
+            return gather(self.submit_look(i, question.run, models) for i in tiles)
         total = Folded(question.run, question.fold)
-        gather(self.submit_look(index, total.add) for index in tiles)
+        gather(self.submit_look(i, total.add, models) for i in tiles)
         return total.value
 
-    def submit_look(self, index: int, run: Callable[[Tile], Any]) -> Future[Any]:
+    def submit_look(
+        self, index: int, run: Callable[[Tile], Any], models: tuple[int, ...] | None = None
+    ) -> Future[Any]:
         """Start a look at one tile; waits here for its blocks."""
         if self.resident:
-            return self.context.submit(self._look_resident, index, run)
-        blocks = self.context.acquire_tile(self.job.num_inputs)
-        return self.context.submit(self._look_streamed, index, run, blocks)
+            return self.context.submit(self._look_resident, index, run, models)
+        inputs = self.job.inputs(models)
+        blocks = self.context.acquire_tile(inputs.num_arrays)
+        return self.context.submit(self._look_streamed, index, run, inputs, blocks)
 
-    def _look_resident(self, index: int, run: Callable[[Tile], Any]) -> Any:
-        return self._look(index, self._resident_tile(index), run)
+    def _look_resident(
+        self, index: int, run: Callable[[Tile], Any], models: tuple[int, ...] | None
+    ) -> Any:
+        tile = self._resident_tile(index)
+        return self._look(index, _of_models(tile, models), run, self.job.inputs(models))
 
-    def _look_streamed(self, index: int, run: Callable[[Tile], Any], blocks: list[int]) -> Any:
+    def _look_streamed(
+        self, index: int, run: Callable[[Tile], Any], inputs: Inputs, blocks: list[int]
+    ) -> Any:
         try:
-            return self._look(index, self._loader.read_tile(index, blocks), run)
+            return self._look(index, self._loader.read_tile(index, blocks, inputs), run, inputs)
         finally:
             self.context.release_tile(blocks)
 
-    def _look(self, index: int, tile: Tile, run: Callable[[Tile], Any]) -> Any:
+    def _look(self, index: int, tile: Tile, run: Callable[[Tile], Any], inputs: Inputs) -> Any:
         with (
-            self.context.computing(self.job.name, self._loader.tile_bytes(index)),
-            self.context.here(tile) as (there, _),
+            self.context.computing(self.job.name, self._loader.tile_bytes(index, inputs)),
+            self.context.here(tile, device=self._device) as (there, _),
         ):
             return run(there)
 
@@ -104,15 +167,16 @@ class TensorRun:
             if not job_converts(self.job):
                 return self._submit_all(self._copy_tile, 1)
         else:
-            apply = decide(self.context.plan.method, self.tensor, self.measure)
-        self._values = apply.values
+            apply = decide(self.context.plan.method, self.tensor, self.ask)
+        self._values, self._wholes = apply.values, apply.wholes
         if self.resident:
             return gather(
                 self.context.submit(self._apply_resident, index, apply)
                 for index in range(self.num_tiles)
             )
-        num_blocks = self.job.num_inputs + self.job.output_blocks
-        return self._submit_all(self._apply_streamed, num_blocks, apply)
+        inputs = self.job.inputs(apply.models)
+        num_blocks = inputs.num_arrays + self.job.output_blocks
+        return self._submit_all(self._apply_streamed, num_blocks, apply, inputs)
 
     def _submit_all(self, task: Callable[..., Any], num_blocks: int, *args: Any) -> list[Any]:
         acquire, submit = self.context.acquire_tile, self.context.submit
@@ -121,25 +185,30 @@ class TensorRun:
         )
 
     def _apply_resident(self, index: int, apply: Apply) -> Written:
-        tile = self._resident_tile(index)
+        tile = _of_models(self._resident_tile(index), apply.models)
         blocks = self._outputs.get()
         try:
-            return self._apply(index, tile, apply, blocks)
+            return self._apply(index, tile, apply, blocks, self.job.inputs(apply.models))
         finally:
             self._outputs.put(blocks)
 
-    def _apply_streamed(self, index: int, blocks: list[int], apply: Apply) -> Written:
+    def _apply_streamed(
+        self, index: int, blocks: list[int], apply: Apply, inputs: Inputs
+    ) -> Written:
         try:
-            tile = self._loader.read_tile(index, blocks)
-            return self._apply(index, tile, apply, blocks[self.job.num_inputs :])
+            tile = self._loader.read_tile(index, blocks, inputs)
+            return self._apply(index, tile, apply, blocks[inputs.num_arrays :], inputs)
         finally:
             self.context.release_tile(blocks)
 
-    def _apply(self, index: int, tile: Tile, apply: Apply, blocks: list[int]) -> Written:
+    def _apply(
+        self, index: int, tile: Tile, apply: Apply, blocks: list[int], inputs: Inputs
+    ) -> Written:
         job = self.job
         rows = rows_of(job, tile.start, tile.num, blocks)
-        with self.context.computing(job.name, self._loader.tile_bytes(index)):
-            with self.context.here(tile, [row.view for row in rows]) as (there, outputs):
+        views = [row.view for row in rows]
+        with self.context.computing(job.name, self._loader.tile_bytes(index, inputs)):
+            with self.context.here(tile, views, self._device) as (there, outputs):
                 found = apply.run(there, *by_output(job, outputs))
             crcs = tuple((_C.crc32c(row.view.ptr, row.num_bytes), row.num_bytes) for row in rows)
         with self.context.events.stage("write", job.name, sum(row.num_bytes for row in rows)):
@@ -182,11 +251,38 @@ class TensorRun:
         tile = self._loaded[index]
         if tile is None:
             width = self.job.num_inputs
-            tile = self._loader.read_tile(index, self._inputs[index * width : (index + 1) * width])
+            blocks = self._inputs[index * width : (index + 1) * width]
+            tile = self._loader.read_tile(index, blocks, self.job.inputs())
             self._loaded[index] = tile
         return tile
 
     def _finish(self, tiles: list[Written]) -> None:
         values = [] if self._values is None else self._values([tile.measured for tile in tiles])
-        self.context.output.finish(self.job, record_of(self.job, tiles, values))
+        wholes = {
+            part.name: self._write_whole(part, self._wholes[part.suffix])
+            for part in self.job.parts
+            if part.is_whole
+        }
+        self.context.output.finish(self.job, record_of(self.job, tiles, values, wholes))
         self.context.events.tensor_done()
+
+    def _write_whole(self, part: Part, array: NDArray[np.generic]) -> int:
+        """Write a part that the method made as a whole; returns the checksum."""
+        if array.nbytes != part.num_bytes:
+            raise RuntimeError(
+                f"{part.name}: the method gave {array.nbytes} bytes, {part.num_bytes} are planned"
+            )
+        data = np.ascontiguousarray(array)
+        if not data.nbytes:
+            return 0
+        with self.context.events.stage("write", self.job.name, data.nbytes):
+            self.context.output.write(part, 0, data.ctypes.data, data.nbytes)
+        crc: int = _C.crc32c(data.ctypes.data, data.nbytes)
+        return crc
+
+
+def _of_models(tile: Tile, models: tuple[int, ...] | None) -> Tile:
+    """The tile with some of its models alone."""
+    if models is None:
+        return tile
+    return tile._replace(models=tuple(tile.models[index] for index in models), diagonals=())

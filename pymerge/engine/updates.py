@@ -134,6 +134,35 @@ class Updates:
             if matrices.of_columns is not None:
                 _multiply_columns(out, start, matrices.of_columns)
 
+    def factors(self, job: Job) -> list[tuple[Floats, Floats]] | None:
+        """What the models add to the base as products left [rows, rank] @ right [rank, columns],
+        scales in the left, one for each model; None where one is not the base with a low-rank
+        update. The job is held."""
+        base = job.base
+        if base is None or isinstance(base, AdapterTensor) and base.update is not None:
+            return None
+        found = []
+        for entry in job.models:
+            update = entry.update if isinstance(entry, AdapterTensor) else None
+            if (entry.file, entry.offset) != (base.file, base.offset):
+                return None
+            if update is None:
+                rows = math.prod(entry.shape[:-1])
+                columns = entry.shape[-1] if entry.shape else 1
+                empty = np.zeros((rows, 0), np.float32), np.zeros((0, columns), np.float32)
+                found.append(empty)
+            elif update.magnitude is not None:
+                return None
+            else:
+                matrices = self._matrices(job, entry)  # type: ignore[arg-type]
+                left = np.asarray(matrices.left * np.float32(update.scale), np.float32)
+                found.append((left, matrices.right))
+        return found
+
+    def read(self, job: Job, entry: TensorEntry) -> Floats:
+        """All elements of a tensor that stands beside the job's, float32 [num_elements]."""
+        return self._read(job, entry, entry.num_elements, False).reshape(-1)
+
     def _add(self, update: LowRank, matrices: Matrices, tile: Tile, out: View) -> None:
         self._context.ops.lora_add(
             out,

@@ -2,54 +2,6 @@
 
 from __future__ import annotations
 
-from pymerge.methods import (
-    arcee_fusion,
-    breadcrumbs,
-    consensus_ta,
-    dare,
-    della,
-    emr,
-    karcher,
-    linear,
-    magmax,
-    model_stock,
-    multislerp,
-    nearswap,
-    nuslerp,
-    passthrough,
-    pcb,
-    ram,
-    sce,
-    slerp,
-    tall_masks,
-    task_arithmetic,
-    ties,
-)
 from pymerge.methods.registry import METHODS, get_method, specs
 
-__all__ = [
-    "METHODS",
-    "arcee_fusion",
-    "breadcrumbs",
-    "consensus_ta",
-    "dare",
-    "della",
-    "emr",
-    "get_method",
-    "karcher",
-    "linear",
-    "magmax",
-    "model_stock",
-    "multislerp",
-    "nearswap",
-    "nuslerp",
-    "passthrough",
-    "pcb",
-    "ram",
-    "sce",
-    "slerp",
-    "specs",
-    "tall_masks",
-    "task_arithmetic",
-    "ties",
-]
+__all__ = ["METHODS", "get_method", "specs"]

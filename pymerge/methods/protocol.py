@@ -5,6 +5,11 @@ A method is a function of one :class:`Tensor`. Where it needs statistics it is a
 returns an :class:`Apply`, the map that the engine runs over the tiles to produce the output. A
 method without statistics is a plain function that returns its ``Apply``. It never opens a file,
 names a device, starts a thread or allocates an output.
+
+A method that looks at a tensor as a matrix says by ``cost`` what that takes. It gathers the matrix
+in its workspace by looks, and asks by ``yield Solve(...)`` for work on whole matrices; by ``yield
+Factors()`` for the factors of models that are adapters, and by ``yield Statistic(...)`` for what
+was collected beside a model.
 """
 
 from __future__ import annotations
@@ -13,44 +18,60 @@ import math
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pymerge.methods.spec import MethodSpec, ParameterValue
 from pymerge.ops.opset import OpSet
 from pymerge.ops.view import View
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pymerge.ops.workspace import Workspace
 
 
 class Tile(NamedTuple):
     """A run of consecutive elements of one tensor, of every input, in memory.
 
     ``start`` is the index of its first element in the full tensor, so that results cannot depend on
-    how the tensor was cut.
+    how the tensor was cut. ``diagonals`` are the models' statistics of the same shape, for a method
+    that reads them.
     """
 
     start: int
     num: int
     base: View | None
     models: tuple[View, ...]
+    diagonals: tuple[View, ...] = ()
 
     @property
     def views(self) -> tuple[View, ...]:
-        """The base where there is one, then the models."""
-        return self.models if self.base is None else (self.base, *self.models)
+        """The base where there is one, then the models, then the diagonals."""
+        models = (*self.models, *self.diagonals)
+        return models if self.base is None else (self.base, *models)
 
     def at(self, views: Sequence[View]) -> Tile:
         """The same tile in other memory; ``views`` in the order of :attr:`views`."""
-        if self.base is None:
-            return self._replace(models=tuple(views))
-        return self._replace(base=views[0], models=tuple(views[1:]))
+        base, rest = (None, views) if self.base is None else (views[0], views[1:])
+        num = len(self.models)
+        return self._replace(base=base, models=tuple(rest[:num]), diagonals=tuple(rest[num:]))
+
+    def part(self, first: int, num: int) -> Tile:
+        """``num`` of the tile's elements from its element ``first`` on."""
+        return Tile(
+            self.start + first,
+            num,
+            None if self.base is None else self.base.part(first, num),
+            tuple(model.part(first, num) for model in self.models),
+            tuple(diagonal.part(first, num) for diagonal in self.diagonals),
+        )
 
     def pieces(self, size: int) -> Iterator[tuple[int, Tile]]:
         """The tile cut into pieces of ``size`` elements, the last one shorter, each with the index
         of its first element in the tile: for steps that need scratch memory of their own."""
         for first in range(0, self.num, size):
-            num = min(size, self.num - first)
-            base = None if self.base is None else self.base.part(first, num)
-            models = tuple(model.part(first, num) for model in self.models)
-            yield first, Tile(self.start + first, num, base, models)
+            yield first, self.part(first, min(size, self.num - first))
 
 
 @dataclass(frozen=True)
@@ -59,13 +80,73 @@ class Measure:
 
     ``fold`` must not depend on the order (integer sums); without it the answer is the list of
     results in tile order. ``only`` restricts the look to one tile. ``ordered`` looks at the tiles
-    one after another in their order, for a ``run`` that adds to a running sum.
+    one after another in their order, for a ``run`` that adds to a running sum. ``models`` are the
+    indices of the models to look at, the base always beside them: others are not read, and are not
+    in the tile. ``within`` (first, number) restricts the look to tiles that hold elements of a run.
     """
 
     run: Callable[[Tile], Any]
     fold: Callable[[Any, Any], Any] | None = None
     only: int | None = None
     ordered: bool = False
+    models: tuple[int, ...] | None = None
+    within: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Work on whole matrices in the tensor's workspace, answered by what ``run()`` returns."""
+
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Ask for the models' task vectors as products, answered by a list of (left [rows, rank],
+    right [rank, columns]), float32 with every scale in them, one for each model; or by None where a
+    model is not the base with a low-rank update on it."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Ask for the Gram matrix of a model's inputs to this tensor, answered by float32
+    [n (n + 1) / 2], its lower triangle row by row."""
+
+    model: int
+
+
+@dataclass(frozen=True)
+class EachTensor:
+    """In a model-wide measurement: run a generator of questions for each tensor by itself, several
+    tensors at once. Answered by a dict from tensor name to what it returned."""
+
+    run: Callable[[Tensor], Generator[Question, Any, Any]]
+
+
+Question = Measure | Solve | Factors | Statistic
+
+
+class Store(Protocol):
+    """Keeps arrays from a model-wide measurement until their tensor is merged."""
+
+    def put(self, name: str, array: NDArray[np.generic]) -> None:
+        """Keep an array."""
+
+    def get(self, name: str) -> NDArray[np.generic]:
+        """The array that was kept."""
+
+
+class Cost(NamedTuple):
+    """What merging one matrix takes beside its tiles.
+
+    ``num_bytes`` is the most that its matrices hold at once; the flops are those of products in
+    float32 and float64 and, as 9 n^3 each, of symmetric eigenproblems in float64.
+    """
+
+    num_bytes: int = 0
+    flops32: float = 0.0
+    flops64: float = 0.0
+    eigen64: float = 0.0
 
 
 class Folded:
@@ -91,11 +172,15 @@ class Apply:
 
     A method with extras gets ``run(tile, out, *extras)``, for each the views of its rows, and
     returns an :class:`Applied`. ``values`` makes of what was measured on the tiles, in their order,
-    the numbers that are kept with the tensor.
+    the numbers that are kept with the tensor. ``models`` are the indices of the models that the map
+    reads beside the base: the others are not in its tiles. ``wholes`` are the extras with shapes of
+    their own by their suffix, as the bytes of the output's format.
     """
 
     run: Callable[..., int | Applied]
     values: Callable[[Sequence[Any]], list[float]] | None = None
+    models: tuple[int, ...] | None = None
+    wholes: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
 
 
 class Applied(NamedTuple):
@@ -112,11 +197,15 @@ class Extra(NamedTuple):
     output's format for each element, else so many bits (which divide 8), a byte's lowest first; a
     row begins with a byte. The shape is NAME's, or [num_models, bytes of a row] of U8. Rows come as
     views of bytes where there are bits.
+
+    With ``shape`` it is a tensor of that shape in the output's format, or none where the function
+    answers None; the method gives its bytes as a whole, in ``Apply.wholes``.
     """
 
     suffix: str
     per_model: bool
     bits: int | None
+    shape: Callable[[Tensor], tuple[int, ...] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +215,10 @@ class Tensor:
     ``parameters`` are the shared ones, ``model_parameters`` those of each model in order (the base
     excluded where the method has one). ``model_numbers`` are the models' positions in the recipe,
     which stay theirs where a tensor is merged without a model that lacks it. ``state`` is what the
-    method's model-wide measurement returned.
+    method's model-wide measurement returned. ``transposed`` says that the tensor is stored as
+    [inputs, outputs]. ``statistics`` are each model's numbers beside it (rows seen, the norm of the
+    whole), for a method that reads statistics. ``workspace`` and ``store`` are there while the
+    tensor is merged, not while a plan is made.
     """
 
     name: str
@@ -139,6 +231,17 @@ class Tensor:
     model_names: Sequence[str] = ()
     model_numbers: Sequence[int] = ()
     state: Any = None
+    transposed: bool = False
+    statistics: Sequence[float] = ()
+    workspace: Workspace | None = None
+    store: Store | None = None
+
+    @property
+    def room(self) -> Workspace:
+        """The workspace of a tensor that is being merged."""
+        if self.workspace is None:
+            raise RuntimeError(f"{self.name}: matrices are not computed while a plan is made")
+        return self.workspace
 
     @property
     def num_elements(self) -> int:
@@ -164,7 +267,8 @@ SPAN = 4096
 
 Scales = Callable[[Sequence[Tensor], Sequence[Sequence[float]]], dict[str, float]]
 Measuring = Generator[Measure, Any, Apply]
-ModelMeasuring = Generator[Measure, Any, Any]
+Solving = Generator[Question, Any, Apply]
+ModelMeasuring = Generator[Measure | EachTensor, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -175,19 +279,22 @@ class Method:
     ``model_wide(tensor)`` says so, runs before any tensor is merged: a generator over the list of
     all tensors whose ``Measure`` without ``fold`` is answered by a dict from tensor name to the
     list of tile results, and with ``fold`` by one value for the whole model. ``looks`` tells how
-    often a tensor is measured, for the plan's estimate of what a streamed tensor costs.
+    often a tensor is measured, for the plan's estimate of what a streamed tensor costs; a look at
+    some of its models counts for their share.
     ``granule`` is the number of elements that a tile holds a multiple of: a row's for methods that
     look at whole rows, else 1.
 
     ``check(tensors)`` objects to parameters that do not go together over a model. A method with
     ``extras`` gives a model for each task: its output is the base with the extras beside it, and
     ``scales(tensors, values)`` makes of the numbers kept with each tensor a factor for each model.
+    ``cost(tensor)`` is what a method of matrices takes for a tensor. ``reads`` names the statistics
+    beside the models that it reads.
     """
 
     spec: MethodSpec
-    merge: Callable[[Tensor], Apply | Measuring]
+    merge: Callable[[Tensor], Apply | Measuring | Solving]
     ops: tuple[str, ...]
-    looks: Callable[[Tensor], int] = field(default=lambda tensor: 0)
+    looks: Callable[[Tensor], float] = field(default=lambda tensor: 0)
     model_wide: Callable[[Tensor], bool] = field(default=lambda tensor: False)
     measure_model: Callable[[Sequence[Tensor]], ModelMeasuring] | None = None
     model_looks: int = 0
@@ -195,10 +302,12 @@ class Method:
     extras: tuple[Extra, ...] = ()
     check: Callable[[Sequence[Tensor]], None] = field(default=lambda tensors: None)
     scales: Scales | None = None
+    cost: Callable[[Tensor], Cost] | None = None
+    reads: Literal["gram", "fisher"] | None = None
 
 
-def decide(method: Method, tensor: Tensor, measure: Callable[[Measure], Any]) -> Apply:
-    """Run a method up to its ``Apply``, answering each ``Measure`` by ``measure``."""
+def decide(method: Method, tensor: Tensor, measure: Callable[[Any], Any]) -> Apply:
+    """Run a method up to its ``Apply``, answering each question by ``measure``."""
     outcome = method.merge(tensor)
     if isinstance(outcome, Apply):
         return outcome
@@ -206,8 +315,8 @@ def decide(method: Method, tensor: Tensor, measure: Callable[[Measure], Any]) ->
     return apply
 
 
-def answer(questions: Generator[Measure, Any, Any], measure: Callable[[Measure], Any]) -> Any:
-    """Drive a generator of measurements to its return value."""
+def answer(questions: Generator[Any, Any, Any], measure: Callable[[Any], Any]) -> Any:
+    """Drive a generator of questions to its return value."""
     reply: Any = None
     while True:
         try:

@@ -7,6 +7,7 @@ each op. Importing this never fails for want of the extension; using it does.
 
 from pymerge.ops import dispatch, reference
 from pymerge.ops.cpu import (
+    adam_step,
     apply_task,
     available_isas,
     axpy_grid,
@@ -54,6 +55,7 @@ __all__ = [
     "Keep",
     "OpSet",
     "View",
+    "adam_step",
     "apply_task",
     "available_isas",
     "axpy_grid",

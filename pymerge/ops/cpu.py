@@ -508,3 +508,22 @@ def pcb_merge(
         checked.scale,
     )
     return count
+
+
+def adam_step(
+    theta: View,
+    first: View,
+    second: View,
+    gradient: View,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> int:
+    _, numbers = arguments.adam_step(
+        theta, first, second, gradient, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step
+    )
+    count: int = _kernels().adam_step(theta, first, second, gradient, numbers)
+    return count

@@ -156,6 +156,8 @@ class Device:
 
     name: str = ""
     index: int = 0
+    #: Torch's name of it.
+    torch_name: str = "cpu"
 
     @property
     def total_memory(self) -> int:
@@ -236,6 +238,7 @@ class CudaDevice(Device):
     def __init__(self, runtime: Any, index: int) -> None:
         self._runtime = runtime
         self.index = index
+        self.torch_name = f"cuda:{index}"
         self.name = runtime.device_info(index)["name"]
 
     def stream(self) -> Stream:
@@ -282,6 +285,7 @@ class TorchDevice(Device):
     def __init__(self, torch: Any, index: int) -> None:
         self._torch = torch
         self.index = index
+        self.torch_name = f"cuda:{index}"
         self.name = torch.cuda.get_device_name(index)
 
     def stream(self) -> Stream:

@@ -8,7 +8,6 @@ nothing to exchange between them.
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -41,11 +40,16 @@ class Executor(Protocol):
     def num_slots(self) -> int:
         """How many tiles may be computed at once."""
 
+    @property
+    def devices(self) -> Sequence[str]:
+        """Torch's names of the devices that the ops work on."""
+
     def here(
-        self, inputs: Sequence[View], outputs: Sequence[View] = ()
+        self, inputs: Sequence[View], outputs: Sequence[View] = (), device: str | None = None
     ) -> AbstractContextManager[Views]:
         """A context that gives the inputs and outputs of a tile in the memory of the ops; when it
-        ends, the outputs hold what the ops wrote there."""
+        ends, the outputs hold what the ops wrote there. ``device`` asks for one of the devices, for
+        ops that work on matrices there."""
 
     def close(self) -> None:
         """Give back what the executor holds."""
@@ -57,9 +61,12 @@ class HostExecutor:
     def __init__(self, ops: OpSet, threads: int) -> None:
         self.ops = ops
         self.num_slots = threads
+        self.devices = ("cpu",)
 
     @contextmanager
-    def here(self, inputs: Sequence[View], outputs: Sequence[View] = ()) -> Iterator[Views]:
+    def here(
+        self, inputs: Sequence[View], outputs: Sequence[View] = (), device: str | None = None
+    ) -> Iterator[Views]:
         yield inputs, outputs
 
     def close(self) -> None:
@@ -133,11 +140,10 @@ class DeviceExecutor:
         self.num_slots = SLOTS_PER_DEVICE * len(devices)
         self._pinned = pinned
         self._pinning = devices[0]  # what is pinned for one is pinned for all
+        self.devices = tuple(each.torch_name for each in devices)
         self._here = threading.local()
-        self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-        for _ in range(SLOTS_PER_DEVICE):
-            for each in devices:
-                self._slots.put(_Slot(each))
+        self._slots = [_Slot(each) for each in devices for _ in range(SLOTS_PER_DEVICE)]
+        self._freed = threading.Condition()
         if pinned is not None:
             try:
                 self._pinning.register(*pinned)
@@ -147,9 +153,25 @@ class DeviceExecutor:
                     "give a smaller --memory, or --backend cpu"
                 ) from error
 
+    def _take(self, device: str | None) -> _Slot:
+        """Wait for a slot, of the device where one is named."""
+        with self._freed:
+            while True:
+                for index, slot in enumerate(self._slots):
+                    if device is None or slot.device.torch_name == device:
+                        return self._slots.pop(index)
+                self._freed.wait()
+
+    def _give_back(self, slot: _Slot) -> None:
+        with self._freed:
+            self._slots.append(slot)
+            self._freed.notify_all()
+
     @contextmanager
-    def here(self, inputs: Sequence[View], outputs: Sequence[View] = ()) -> Iterator[Views]:
-        slot = self._slots.get()
+    def here(
+        self, inputs: Sequence[View], outputs: Sequence[View] = (), device: str | None = None
+    ) -> Iterator[Views]:
+        slot = self._take(device)
         try:
             with slot.stream:
                 self._here.slot = slot
@@ -170,7 +192,7 @@ class DeviceExecutor:
             raise
         finally:
             self._here.slot = None
-            self._slots.put(slot)
+            self._give_back(slot)
 
     def _allocate(self, num: int, format: Format) -> Buffer:
         lease = self._here.slot.lease(max(ALIGNMENT, num * format.num_bytes))
@@ -180,8 +202,7 @@ class DeviceExecutor:
     def close(self) -> None:
         if self._pinned is not None:
             self._pinning.unregister(*self._pinned)
-        while not self._slots.empty():
-            self._slots.get()
+        self._slots.clear()
 
 
 def make_executor(ops: OpSet, threads: int, pinned: tuple[int, int] | None = None) -> Executor:

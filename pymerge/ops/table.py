@@ -18,8 +18,9 @@ lanes, lane l adding the elements l, l + 64, ... of the span in order, then lane
 then 16, 8, 4, 2, 1; a NaN is given as the positive quiet one. Tiles that begin at multiples of the
 span give the sums of the whole.
 
-Outputs must not overlap inputs; memory may be misaligned. Ops on whole rows take a number of
-elements that ``columns`` divides. Wrong arguments raise PymergeError (arguments/).
+Outputs must not overlap inputs (adam_step alone updates in place); memory may be misaligned. Ops on
+whole rows take a number of elements that ``columns`` divides. Wrong arguments raise PymergeError
+(arguments/).
 """
 
 from __future__ import annotations

@@ -78,6 +78,15 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"pymerge.kernels.{name}")
 
 
+def gram_acc(total: Any, x: Any, side: str, base: Any = None) -> None:
+    """Adds a Gram matrix to ``total`` by kernels/gram.py, for pymerge/ops/matrix/gram.py.
+
+    Unlike the others it takes torch tensors, and has not finished when it returns: what torch does
+    next on the same stream comes after.
+    """
+    _kernels("gram").gram_acc(total, x, side, base)
+
+
 def axpy_n(
     out: View,
     inputs: Sequence[View],
@@ -583,4 +592,26 @@ def pcb_merge(
         mode,
         checked.scale,
     )
+    return count
+
+
+def adam_step(
+    theta: View,
+    first: View,
+    second: View,
+    gradient: View,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> int:
+    num, numbers = arguments.adam_step(
+        theta, first, second, gradient, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step
+    )
+    kernels = _kernels("adam")
+    if not num:
+        return 0
+    count: int = kernels.adam_step(theta, first, second, gradient, numbers)
     return count

@@ -10,10 +10,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from pymerge.plan.model import Job, Part, Plan, Tiling
+from pymerge.plan.model import Inputs, Job, Part, Plan, Tiling
 from pymerge.plan.planner import SHARD_BYTES, make_plan
 
-__all__ = ["SHARD_BYTES", "Job", "Part", "Plan", "Tiling", "make_plan"]
+__all__ = ["SHARD_BYTES", "Inputs", "Job", "Part", "Plan", "Tiling", "make_plan"]
 
 
 class _CallablePackage(ModuleType):

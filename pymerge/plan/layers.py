@@ -8,6 +8,7 @@ as many layers as config.json says, or the largest one. All other tensors stand 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pymerge.checkpoint import Checkpoint, TensorEntry, is_head, layer_count
@@ -61,3 +62,14 @@ def is_before_layers(name: str) -> bool:
 def embedding_of(checkpoint: Checkpoint) -> TensorEntry | None:
     """The token embedding that a tied output head shares."""
     return next((e for n, e in checkpoint.tensors.items() if n.endswith(_EMBEDDINGS)), None)
+
+
+#: Architectures whose linear layers are transformers' Conv1D, and the names of these.
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+def is_transposed(config: Mapping[str, object] | None, name: str) -> bool:
+    """Whether a weight is stored as [inputs, outputs]."""
+    model_type = (config or {}).get("model_type")
+    return model_type in CONV1D_MODELS and _CONV1D.search(name) is not None

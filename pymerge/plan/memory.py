@@ -7,11 +7,13 @@ written) and large enough that the cost of handling one disappears.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pymerge.errors import PlanError
 from pymerge.methods.protocol import SPAN
-from pymerge.plan.model import Job, Tiling
+from pymerge.ops import device
+from pymerge.plan.model import TORCH_BYTES, Job, Tiling
+from pymerge.sizes import format_size
 
 #: What the process needs beside its blocks: interpreter, libraries, thread stacks, and a share of
 #: the budget for the candidates and tables of a selection.
@@ -46,6 +48,8 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
         )
     tables = threads * TABLE_BYTES * max((len(job.models) for job in jobs), default=0)
     overhead = OVERHEAD_BYTES + max(memory // SELECTION_SHARE, min(tables, memory // TABLE_SHARE))
+    matrices = _matrix_bytes(jobs, memory, overhead)
+    overhead += matrices + (TORCH_BYTES if matrices else 0)
     updates = _update_bytes(jobs, memory, overhead)
     scratch = threads * max(map(_row_scratch, jobs), default=0)
     overhead += updates + scratch
@@ -67,7 +71,47 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
             f"{max(len(job.sources) for job in jobs)} tensors at once; give at "
             f"least {(needed >> 20) + 1} MiB"
         )
-    return Tiling(memory, overhead, block, arena // block, threads, readers, updates)
+    return Tiling(memory, overhead, block, arena // block, threads, readers, updates, matrices)
+
+
+def _matrix_bytes(jobs: Sequence[Job], memory: int, overhead: int) -> int:
+    """What the matrices of the jobs in progress may take: those of any one job, and of a second
+    beside it where that leaves half of the memory.
+
+    :raises PlanError: the budget cannot hold the matrices of one job.
+    """
+    sizes = sorted((job.cost.num_bytes for job in jobs), reverse=True)
+    if not sizes or not sizes[0]:
+        return 0
+    room = memory - overhead - TORCH_BYTES - SMALLEST_ARENA
+    if sizes[0] > room:
+        job = max(jobs, key=lambda job: job.cost.num_bytes)
+        rest = OVERHEAD_BYTES + TORCH_BYTES + SMALLEST_ARENA
+        needed = (rest + sizes[0]) * SELECTION_SHARE // (SELECTION_SHARE - 1)
+        raise PlanError(
+            f"a memory of {format_size(memory)} is too little: the matrices of tensor "
+            f"{job.name!r} {list(job.shape)} take {format_size(sizes[0])} beside the "
+            f"{format_size(rest)} of the program; give at least {(needed >> 20) + 1} MiB"
+        )
+    both = sum(sizes[:2])
+    return both if both <= room // 2 else sizes[0]
+
+
+def check_devices(jobs: Sequence[Job], backends: Collection[str]) -> None:
+    """:raises PlanError: the matrices of a job do not fit on a device of the plan's ops."""
+    largest = max(jobs, key=lambda job: job.cost.num_bytes, default=None)
+    if largest is None or not largest.cost.num_bytes:
+        return
+    for backend in backends:
+        if device.memory_of(backend) == "host":
+            continue
+        for each in device.devices_for(backend):
+            if largest.cost.num_bytes > each.total_memory:
+                raise PlanError(
+                    f"the matrices of tensor {largest.name!r} {list(largest.shape)} take "
+                    f"{format_size(largest.cost.num_bytes)}, device {each.index} ({each.name}) "
+                    f"has {format_size(each.total_memory)}; give --backend cpu"
+                )
 
 
 def _row_scratch(job: Job) -> int:

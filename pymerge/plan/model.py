@@ -7,34 +7,72 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pymerge.checkpoint import AdapterTensor, Checkpoint, ShardLayout, TensorEntry
+from pymerge.checkpoint import AdapterTensor, Checkpoint, Header, ShardLayout, TensorEntry
 from pymerge.formats import F32, Format
-from pymerge.methods.protocol import SPAN, Method, Tensor
+from pymerge.methods.protocol import SPAN, Cost, Method, Store, Tensor
 from pymerge.methods.spec import ParameterValue
 from pymerge.ops.opset import OpSet
+from pymerge.ops.workspace import Workspace
 
 #: Part of the plan's hash: raised when the same plan would give other bytes.
 NUMERICS_VERSION = 2
 
 #: What the process takes before it holds any tensor.
 IDLE_BYTES = 72 << 20
+#: What torch takes beside, with the buffers of its BLAS, where matrices are computed.
+TORCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Part:
     """A further output of a job and its exact place: ``rows`` rows of ``bits`` an element of the
-    job's tensor, each beginning with a byte."""
+    job's tensor, each beginning with a byte; or, with no rows, a tensor of any shape that the
+    method gives as a whole. ``suffix`` is what its name has beside the job's."""
 
     name: str
     format: Format
     shape: tuple[int, ...]
     rows: int
     bits: int
+    suffix: str
     shard: int = 0
     offset: int = 0
     num_bytes: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return self.rows == 0
+
+
+class Inputs(NamedTuple):
+    """What a look at a job's tiles reads: some of its tensors."""
+
+    base: TensorEntry | None
+    models: tuple[TensorEntry, ...]
+    diagonals: tuple[TensorEntry, ...] = ()
+
+    @property
+    def sources(self) -> tuple[TensorEntry, ...]:
+        """Every tensor that is read, the base first, each once even if it is named twice."""
+        entries = (*self._weights, *self.diagonals)
+        return tuple({(entry.file, entry.offset): entry for entry in entries}.values())
+
+    @property
+    def updates(self) -> tuple[AdapterTensor, ...]:
+        """The sources that an adapter's update is put on, in float32, each once."""
+        found = (e for e in self._weights if isinstance(e, AdapterTensor) and e.update)
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def num_arrays(self) -> int:
+        """Arrays of a tile: what is read, and what updates make of it."""
+        return len(self.sources) + len(self.updates)
+
+    @property
+    def _weights(self) -> tuple[TensorEntry, ...]:
+        return self.models if self.base is None else (self.base, *self.models)
 
 
 @dataclass(frozen=True)
@@ -44,6 +82,9 @@ class Job:
     ``kind`` is ``copy`` where bytes move or are only converted to ``format``, and ``merge`` where
     the method computes. ``offset`` is absolute in shard number ``shard``. ``granule`` is the number
     of elements that every tile holds a multiple of. ``parts`` are what the method puts beside it.
+    ``cost`` is what its matrices take. ``transposed`` says that it is stored as [inputs, outputs].
+    ``statistics`` are what was collected beside each model for it, or nothing, and
+    ``statistic_numbers`` the number that goes with each.
     """
 
     name: str
@@ -61,23 +102,36 @@ class Job:
     model_numbers: tuple[int, ...] = ()
     granule: int = 1
     parts: tuple[Part, ...] = ()
+    cost: Cost = Cost()
+    transposed: bool = False
+    statistics: tuple[TensorEntry, ...] = ()
+    statistic_numbers: tuple[float, ...] = ()
 
-    @property
+    def inputs(self, models: tuple[int, ...] | None = None) -> Inputs:
+        """What a look reads: everything, or the base and the models of these indices alone."""
+        if models is None:
+            return Inputs(self.base, self.models, self.diagonals)
+        return Inputs(self.base, tuple(self.models[index] for index in models))
+
+    @cached_property
     def sources(self) -> tuple[TensorEntry, ...]:
-        """Every tensor that is read, the base first, each once even if it is named twice."""
-        entries = (self.base, *self.models) if self.base is not None else self.models
-        return tuple({(entry.file, entry.offset): entry for entry in entries}.values())
+        """Every tensor that tiles are read from, each once."""
+        return self.inputs().sources
 
-    @property
+    @cached_property
     def updates(self) -> tuple[AdapterTensor, ...]:
-        """The sources that an adapter's update is put on, in float32, each once."""
-        entries = (self.base, *self.models) if self.base is not None else self.models
-        return tuple(dict.fromkeys(e for e in entries if isinstance(e, AdapterTensor) and e.update))
+        """The sources that an adapter's update is put on."""
+        return self.inputs().updates
 
     @property
     def num_inputs(self) -> int:
-        """Arrays of a tile: what is read, and what updates make of it."""
+        """Arrays of a tile of everything."""
         return len(self.sources) + len(self.updates)
+
+    @property
+    def diagonals(self) -> tuple[TensorEntry, ...]:
+        """Statistics of the tensor's own shape: they are read along with it."""
+        return tuple(entry for entry in self.statistics if entry.shape == self.shape)
 
     @property
     def update_bytes(self) -> int:
@@ -86,9 +140,9 @@ class Job:
 
     @property
     def once_bytes(self) -> int:
-        """Bytes that are read once beside the tiles: the adapters' tensors, and weights whose norms
-        are measured."""
-        total = 0
+        """Bytes that are read once beside the tiles: statistics, the adapters' tensors, and weights
+        whose norms are measured."""
+        total = sum(each.num_bytes for each in self.statistics) if not self.diagonals else 0
         for entry in self.updates:
             if entry.update is not None:
                 total += sum(each.num_bytes for each in entry.update.entries)
@@ -128,7 +182,13 @@ class Job:
         widest = max((self.format, *(entry.format for entry in self.sources)), key=_bits)
         return max(1, widest.bits // 8, F32.num_bytes if self.updates else 1)
 
-    def tensor(self, ops: OpSet, state: Any = None) -> Tensor:
+    def tensor(
+        self,
+        ops: OpSet,
+        state: Any = None,
+        workspace: Workspace | None = None,
+        store: Store | None = None,
+    ) -> Tensor:
         """The method's view of this job."""
         return Tensor(
             name=self.name,
@@ -141,6 +201,10 @@ class Job:
             model_names=self.model_names,
             model_numbers=self.model_numbers,
             state=state,
+            transposed=self.transposed,
+            statistics=self.statistic_numbers,
+            workspace=workspace,
+            store=store,
         )
 
 
@@ -161,6 +225,8 @@ class Tiling:
     readers: int
     #: Bytes for the matrices of adapters in use, part of the overhead.
     update_bytes: int = 0
+    #: Bytes for the matrices that methods compute with, part of the overhead.
+    matrix_bytes: int = 0
 
     @property
     def arena_bytes(self) -> int:
@@ -181,6 +247,14 @@ class Tiling:
         if job.kind == "copy" and not job_converts(job):  # elements may be smaller than a byte
             return -(-job.num_bytes // (self.tile_elements(job) * job.element_bytes))
         return -(-job.num_elements // self.tile_elements(job))
+
+    def tiles_within(self, job: Job, within: tuple[int, int] | None) -> range:
+        """The tiles that hold elements of a run (first, number), all without one."""
+        if within is None:
+            return range(self.num_tiles(job))
+        first, num = within
+        size = self.tile_elements(job)
+        return range(first // size, -(-(first + num) // size))
 
     def streamed_blocks(self, job: Job) -> int:
         """Blocks that one tile of the job needs while it passes through."""
@@ -206,7 +280,8 @@ def job_converts(job: Job) -> bool:
 class Plan:
     """What a merge does: jobs in order, the output's exact layout, memory, backends.
 
-    The last ``num_task_shards`` shards hold the parts beside the model.
+    The last ``num_task_shards`` shards hold the parts beside the model. ``statistics`` are the
+    files collected beside the models that the method reads, by model.
 
     Raised errors belong to making it; a plan that exists can be run.
     """
@@ -225,6 +300,13 @@ class Plan:
     warnings: tuple[str, ...] = ()
     dropped: tuple[str, ...] = field(default=())
     num_task_shards: int = 0
+    statistics: Mapping[str, Header] = field(default_factory=dict)
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """The files that are read, those of statistics among them, each once."""
+        found = {h.path: h for c in self.checkpoints.values() for h in c.headers}
+        return tuple({**found, **{h.path: h for h in self.statistics.values()}}.values())
 
     @property
     def model_shards(self) -> tuple[ShardLayout, ...]:
@@ -241,9 +323,9 @@ class Plan:
         return tuple(dict.fromkeys(n for job in self.jobs if job.parts for n in job.model_names))
 
     @cached_property
-    def looks(self) -> dict[str, int]:
+    def looks(self) -> dict[str, float]:
         """How often the sources of each merge job are read from storage."""
-        times: dict[str, int] = {}
+        times: dict[str, float] = {}
         for job in self.jobs:
             if job.kind == "copy":
                 times[job.name] = 1
@@ -256,7 +338,8 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes that will be read from the sources, repeated looks included."""
-        return sum(job.source_bytes * self.looks[job.name] + job.once_bytes for job in self.jobs)
+        read = (job.source_bytes * self.looks[job.name] + job.once_bytes for job in self.jobs)
+        return round(sum(read))
 
     @property
     def bytes_written(self) -> int:
@@ -278,7 +361,8 @@ class Plan:
         )
         everything = sum(job.input_bytes + job.output_bytes for job in self.jobs)
         held = min(tiling.arena_bytes, everything, max(flying, resident))
-        return IDLE_BYTES + held + tiling.update_bytes
+        libraries = TORCH_BYTES if tiling.matrix_bytes else 0
+        return IDLE_BYTES + libraries + held + tiling.update_bytes + tiling.matrix_bytes
 
     def _is_held(self, job: Job) -> bool:
         """Whether the inputs of a job stay in memory between the looks at them."""
@@ -300,16 +384,18 @@ class Plan:
 
         add("numerics", NUMERICS_VERSION, self.method.spec.name, self.recipe_text)
         files: dict[str, int] = {}
-        for name, checkpoint in self.checkpoints.items():
-            for header in checkpoint.headers:
-                files.setdefault(str(header.path), len(files))
-                add(name, header.path.name, header.file_bytes, header.mtime_ns, header.sha256)
+        named = [(name, h) for name, c in self.checkpoints.items() for h in c.headers]
+        for name, header in (*named, *self.statistics.items()):
+            files.setdefault(str(header.path), len(files))
+            add(name, header.path.name, header.file_bytes, header.mtime_ns, header.sha256)
         for shard in self.shards:
             add(shard.file_name, hashlib.sha256(shard.header).hexdigest(), shard.num_bytes)
         for job in self.jobs:
             sources = [_identity(files, s) for s in _all_sources(job)]
             add(job.name, job.kind, sources, dict(job.parameters))
             add([dict(values) for values in job.model_parameters], job.model_numbers)
+            if job.statistics:
+                add([_identity(files, s) for s in job.statistics], job.statistic_numbers)
         add(self.config)
         return digest.hexdigest()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from pymerge.checkpoint import TASKS_STEM, OutputTensor, ShardLayout, plan_shards
 from pymerge.formats import FORMATS
-from pymerge.methods.protocol import Extra, Method
+from pymerge.methods.protocol import Cost, Extra, Method
 from pymerge.ops.opset import OpSet
 from pymerge.plan.model import Job, Part
 
@@ -31,7 +31,7 @@ def place(drafts: Sequence[Job], method: Method, ops: OpSet, shard_bytes: int) -
     """
     models = plan_shards([OutputTensor(d.name, d.format, d.shape) for d in drafts], shard_bytes)
     drafts = [
-        replace(draft, parts=tuple(_part(draft, extra) for extra in method.extras))
+        replace(draft, parts=tuple(_parts(draft, method, ops)), cost=_cost(draft, method, ops))
         if draft.kind == "merge"
         else draft
         for draft in drafts
@@ -69,14 +69,30 @@ def _places(shards: Sequence[ShardLayout], first: int) -> dict[str, tuple[int, i
     }
 
 
+def _cost(draft: Job, method: Method, ops: OpSet) -> Cost:
+    return Cost() if method.cost is None else method.cost(draft.tensor(ops))
+
+
+def _parts(draft: Job, method: Method, ops: OpSet) -> Iterator[Part]:
+    """The parts of a draft; where an extra has a shape of its own, for the tensors that have it."""
+    for extra in method.extras:
+        if extra.shape is None:
+            yield _part(draft, extra)
+            continue
+        shape = extra.shape(draft.tensor(ops))
+        if shape is not None:
+            name = f"{draft.name}.{extra.suffix}"
+            yield Part(name, draft.format, shape, 0, draft.format.bits, extra.suffix)
+
+
 def _part(draft: Job, extra: Extra) -> Part:
     rows = len(draft.models) if extra.per_model else 1
     name = f"{draft.name}.{extra.suffix}"
     if extra.bits is None:
         shape = (rows, *draft.shape) if extra.per_model else draft.shape
-        return Part(name, draft.format, shape, rows, draft.format.bits)
+        return Part(name, draft.format, shape, rows, draft.format.bits, extra.suffix)
     row_bytes = -(-draft.num_elements * extra.bits // BYTE_BITS)
-    return Part(name, FORMATS["U8"], (rows, row_bytes), rows, extra.bits)
+    return Part(name, FORMATS["U8"], (rows, row_bytes), rows, extra.bits, extra.suffix)
 
 
 def _granule(draft: Job, method: Method, ops: OpSet) -> int:

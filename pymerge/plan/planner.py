@@ -20,8 +20,9 @@ from pymerge.formats import Format, promote
 from pymerge.methods import get_method
 from pymerge.methods.protocol import Method
 from pymerge.ops.opset import OpSet, choose_ops
-from pymerge.plan.layers import find_stack
-from pymerge.plan.memory import cut_memory
+from pymerge.plan.collected import collected, with_statistics
+from pymerge.plan.layers import find_stack, is_transposed
+from pymerge.plan.memory import check_devices, cut_memory
 from pymerge.plan.model import Job, Plan
 from pymerge.plan.outline import Input, Line, Outline, make_outline
 from pymerge.plan.placement import place
@@ -65,7 +66,14 @@ def make_plan(
     ops = choose_ops(dict.fromkeys(needed), asked=backend)
     warnings = [*recipe.warnings, *_filter_warnings(recipe, checkpoints, outline, strict)]
     warnings += [sentence for opened in checkpoints.values() for sentence in opened.warnings]
-    drafts = [_draft(recipe, method, line, allow_missing, warnings) for line in outline.lines]
+    statistics = collected(method, recipe, checkpoints)
+    config = checkpoints[recipe.donor].config
+    drafts = [
+        with_statistics(
+            _draft(recipe, method, line, config, allow_missing, warnings), line, statistics
+        )
+        for line in outline.lines
+    ]
     jobs, shards, num_task_shards = place(drafts, method, ops, shard_bytes)
     if outline.dropped:
         first = ", ".join(outline.dropped[:5])
@@ -74,6 +82,7 @@ def make_plan(
             f"{recipe.donor} and "
             f"are left out: {first}{', …' if len(outline.dropped) > 5 else ''}"
         )
+    check_devices(jobs, set(ops.backends.values()))
     model_wide = any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs)
     _rehearse(method, jobs, ops, model_wide)
     warnings += _file_warnings(checkpoints[recipe.donor])
@@ -93,6 +102,7 @@ def make_plan(
         warnings=tuple(dict.fromkeys(warnings)),
         dropped=outline.dropped,
         num_task_shards=num_task_shards,
+        statistics={str(ref): found.header for ref, found in statistics.items()},
     )
 
 
@@ -140,7 +150,12 @@ def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: boo
 
 
 def _draft(
-    recipe: Recipe, method: Method, line: Line, allow_missing: bool, warnings: list[str]
+    recipe: Recipe,
+    method: Method,
+    line: Line,
+    config: Mapping[str, object] | None,
+    allow_missing: bool,
+    warnings: list[str],
 ) -> Job:
     """The job of one line, without its place."""
     inputs = _present(recipe, line, allow_missing, warnings)
@@ -189,6 +204,7 @@ def _draft(
         offset=0,
         num_bytes=0,
         model_numbers=tuple(_number(line, i) for i in models),
+        transposed=is_transposed(config, line.name),
     )
 
 

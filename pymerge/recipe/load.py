@@ -32,8 +32,9 @@ def load_recipe(
     """A checked recipe from a YAML file, YAML text or a mapping.
 
     A text of one line that is an existing file, or has no colon followed by a space, is a path.
-    ``specs`` are the methods by name. With ``strict`` a warning is an error. Raises RecipeError
-    that lists everything found wrong, with paths in the document and, for text, lines.
+    ``specs`` are the methods by name; only the recipe's is read, unless a parameter is unknown.
+    With ``strict`` a warning is an error. Raises RecipeError that lists everything found wrong,
+    with paths in the document and, for text, lines.
     """
     text, name = _read(source)
     try:
@@ -146,10 +147,7 @@ class _Builder:
         self._document = document
         self._spec = spec
         self._findings = findings
-        self._known = {
-            *MERGEKIT_PARAMETERS,
-            *(p for each in specs.values() for p in each.parameters),
-        }
+        self._specs = specs
 
     def build(self, text: str) -> Recipe:
         document = self._document
@@ -299,7 +297,8 @@ class _Builder:
         name = str(path[-1])
         if name in WITHOUT_EFFECT:
             return
-        if name in self._known:
+        known = {*MERGEKIT_PARAMETERS, *(p for s in self._specs.values() for p in s.parameters)}
+        if name in known:
             self._findings.warn(
                 path,
                 f"{name} has no effect in {self._spec.name}, whose parameters are "
@@ -311,7 +310,7 @@ class _Builder:
             path,
             self._spec.parameters,
             noun="parameter",
-            near=self._known,
+            near=known,
             belongs=None if match else home_of(name),
         )
 

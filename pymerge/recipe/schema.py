@@ -29,7 +29,8 @@ DTYPES = {name: fmt for name, fmt in BY_TORCH_NAME.items() if fmt.writable}
 
 
 class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Only the recipe's own schema is ever run; it holds those of its parts.
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 class PathDocument(_Document):

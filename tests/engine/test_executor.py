@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pymerge import api
-from pymerge.errors import BackendError
+from pymerge.engine.matrices import Matrices
+from pymerge.errors import BackendError, PlanError
 from pymerge.formats import BY_CODE
 from pymerge.ops import cpu, cuda, device, executor
 from pymerge.ops.opset import OpSet
@@ -69,8 +70,10 @@ class FakeDevice:
     """Memory apart from the host's, of which the ops may touch nothing else."""
 
     current = threading.local()
+    name, index, total_memory = "pretended", 0, 1 << 40
 
-    def __init__(self) -> None:
+    def __init__(self, torch_name: str = "cpu:0") -> None:
+        self.torch_name = torch_name
         self.pieces: dict[int, int] = {}
         self.pinned: list[tuple[int, int]] = []
         self.bytes_in = 0
@@ -130,7 +133,7 @@ def guarded_ops(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=[1, 2], ids=["one", "two"])
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[FakeDevice]:
-    DEVICES[:] = [FakeDevice() for _ in range(request.param)]
+    DEVICES[:] = [FakeDevice(f"cpu:{index}") for index in range(request.param)]
     monkeypatch.setattr(device, "memory_of", lambda backend: "device")
     monkeypatch.setattr(device, "devices_for", lambda backend: DEVICES)
     return DEVICES
@@ -157,6 +160,47 @@ def test_same_bytes_through_devices(
     for each in devices:
         assert not each.pieces, "device memory is given back"
         assert not each.pinned, "the arena is unpinned"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_matrices_are_computed_on_the_devices(
+    small: Any,
+    tmp_path: Any,
+    digests: Any,
+    devices: list[FakeDevice],
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+) -> None:
+    """A job has one device to itself: its tiles pass through that one alone."""
+    recipe = {
+        "merge_method": "iso_c",
+        "base_model": str(small.base),
+        "models": [{"model": str(path)} for path in small.tuned[:count]],
+        "dtype": "float32",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "memory_of", lambda backend: "host")
+        api.merge(recipe, tmp_path / "host")
+    used: dict[str, set[str]] = {}
+    hold = Matrices.hold
+
+    @contextmanager
+    def held(self: Matrices, job: Any) -> Iterator[Any]:
+        with hold(self, job) as workspace:
+            if workspace is not None:
+                used.setdefault(workspace.name, set()).add(job.name)
+            yield workspace
+
+    monkeypatch.setattr(Matrices, "hold", held)
+    api.merge(dict(recipe), tmp_path / "device")
+    assert digests(tmp_path / "device") == digests(tmp_path / "host")
+    assert set(used) == {each.torch_name for each in devices}
+    devices[0].__class__.total_memory = 1 << 10
+    try:
+        with pytest.raises(PlanError, match="the matrices of tensor .* has 1 KiB; give --backend"):
+            api.plan(dict(recipe))
+    finally:
+        devices[0].__class__.total_memory = 1 << 40
 
 
 def test_no_device_is_an_error(large: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

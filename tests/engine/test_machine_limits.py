@@ -145,7 +145,7 @@ def test_source_that_vanished(small: Any, tmp_path: Path, monkeypatch: pytest.Mo
     plan = api.plan(small.recipe("linear"), threads=1)
     entry = next(iter(plan.checkpoints.values())).tensors["model.norm.weight"]
     lost = type(entry)(**{**vars(entry), "file": tmp_path / "gone.safetensors"})
-    sources = Sources(plan.checkpoints, "plain")
+    sources = Sources(plan.headers, "plain")
 
     def fail(path: Path, method: str) -> None:
         raise OSError(errno.EIO, "input/output error", path)

@@ -22,7 +22,10 @@ from triton.compiler import ASTSource
 from pymerge.formats import BF16, BY_CODE
 from pymerge.ops.view import View
 
-FAMILIES = ("axpy", "convert", "elementwise", "merge", "pcb", "rows", "selection", "spans")
+FAMILIES = (
+    *("adam", "axpy", "convert", "elementwise", "gram", "merge", "pcb", "rows", "selection"),
+    "spans",
+)
 ALIGNED = 0x7F00_0000_0000
 NUM = 1 << 20
 
@@ -123,6 +126,8 @@ def compiled(launch: Launch, capability: int, *, fusion: bool = False) -> Compil
     kernel, arguments, constants = launch
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": fusion}
+    if "num_stages" in constants:
+        options["num_stages"] = constants.pop("num_stages")
     names = kernel.arg_names
     signature: dict[str, Any] = dict(zip(names, map(_type_of, arguments), strict=False))
     values: dict[tuple[int, ...], Any] = {}

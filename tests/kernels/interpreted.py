@@ -391,6 +391,23 @@ def maps_of_methods() -> None:
             written("pcb_merge", BF16, num, 0, base, models, *numbers, mode=mode, scale=0.7)
 
 
+@check
+def steps_of_adam() -> None:
+    in_small_blocks(256)
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    for num, special, offset in ((513, True, 0), (512, False, 0), (300, False, 1)):
+        results = []
+        for backend in (ours, reference):
+            data = [patterns(F32, num, salt, special=special) for salt in range(4)]
+            state = [Tile(F32, num, offset, each) for each in data]
+            counts = [
+                backend.adam_step(*(tile.view for tile in state), step=step, **options)
+                for step in (1, 2)
+            ]
+            results.append((*(tile.bytes() for tile in state), counts))
+        same(results[0], results[1], f"adam_step [{num}] + {offset}")
+
+
 def main(names: list[str]) -> int:
     defaults = (dict(launch.BLOCK), dict(spans.SPANS), dict(rows.RANKED), dict(rows.COMPARED))
     for name in names or CHECKS:

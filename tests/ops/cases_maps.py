@@ -9,6 +9,8 @@ import numpy as np
 from cases_selection import Results, Run, keys_at, some_of, weights_of
 from tiles import Memory, Tile, masks_at
 
+from pymerge.formats import F32
+
 
 def run_nearswap(backend: Any, memory: Memory) -> Results:
     calls = itertools.product((5e-4, 0.0, 1e-9, -1.0, 1e30), enumerate(memory.views[:2]))
@@ -198,6 +200,25 @@ def run_pcb_merge(backend: Any, memory: Memory) -> Results:
         yield label, out.payload
 
 
+def run_adam_step(backend: Any, memory: Memory) -> Results:
+    """The first step and a late one; second moments that are negative, as none should be, too."""
+    kinds = ((1, 1e-5, 0.9, 0.999, 1e-8), (200, 1e-3, 0.0, 0.5, 0.0), (2, 1e30, 0.99, 0.9, 1.0))
+    offset = memory.tile.offset
+    theta, first, second, gradient = (memory.numbers(i) for i in range(-1, 3))
+    for step, lr, beta1, beta2, eps in kinds:
+        contents = (theta, first, second if beta1 == 0 else np.abs(second), gradient)
+        arrays = [
+            memory.guarded(F32, values.astype(np.float32).tobytes(), (offset * (i + 1)) % 64)
+            for i, values in enumerate(contents)
+        ]
+        views = [array.view for array in arrays]
+        options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
+        yield f"{step} count", backend.adam_step(*views, **options)
+        arrays[3].check_untouched()
+        for name, array in zip(("theta", "first", "second"), arrays, strict=False):
+            yield f"{step} {name}", array.payload
+
+
 MAP_RUNS: dict[str, Run] = {
     "nearswap": run_nearswap,
     "variance_score": run_variance_score,
@@ -212,4 +233,5 @@ MAP_RUNS: dict[str, Run] = {
     "apply_task": run_apply_task,
     "pcb_score": run_pcb_score,
     "pcb_merge": run_pcb_merge,
+    "adam_step": run_adam_step,
 }

@@ -14,6 +14,7 @@ X = np.arange(8, dtype=np.float32)
 Y = np.arange(8, dtype=np.float32)
 OUT = np.zeros(8, dtype=np.float32)
 SHORT = np.zeros(7, dtype=np.float32)
+Z = np.zeros(8, dtype=np.float32)
 BINS = np.zeros((1, 2**11), np.uint64)
 BITS = np.zeros(2, np.uint8)
 SUMS = np.zeros((1, 4))
@@ -51,6 +52,12 @@ def score(b: Any, **options: Any) -> Any:
 def pcb(b: Any, **options: Any) -> Any:
     given = {"lows": [0], "highs": [1], "cuts": [0], "tops": [1], "weights": [1], **options}
     return b.pcb_merge(out, x, [y], **{"mode": "raw", "scale": 1, **given})
+
+
+def adam(b: Any, *views: View, **options: Any) -> Any:
+    """In memory of its own: what is wrong is found before anything is written."""
+    given = {"lr": 1, "beta1": 0.9, "beta2": 0.9, "eps": 1, "step": 1, **options}
+    return b.adam_step(*(views or (out, x, y, view(Z))), **given)
 
 
 WRONG: dict[str, dict[str, tuple[Call, str]]] = {
@@ -299,6 +306,17 @@ WRONG: dict[str, dict[str, tuple[Call, str]]] = {
         "mode": (lambda b: score(b, mode="both"), "mode is 'both', expected one of 'raw'"),
         "part": (lambda b: score(b, part=0), "part is 0, expected 1 or -1"),
         "limits": (lambda b: score(b, lows=[2]), r"lows\[0\] is 2\.0 and above highs\[0\]"),
+    },
+    "adam_step": {
+        "format": (lambda b: adam(b, F8_OUT, x, y, view(Z)), "theta is F8_E4M3, expected F32"),
+        "counts": (lambda b: adam(b, out, short, y, view(Z)), "8 elements.*7"),
+        "overlap": (lambda b: adam(b, out, x, x, y), "output overlaps input 2"),
+        "gradient": (lambda b: adam(b, out, x, y, out), "output overlaps input 0"),
+        "beta1": (lambda b: adam(b, beta1=1.0), "beta1 is 1.0, expected 0 <= beta1 < 1"),
+        "beta2": (lambda b: adam(b, beta2=NAN), "beta2 is nan, expected a finite"),
+        "lr": (lambda b: adam(b, lr=-1), "lr is -1, expected zero or more"),
+        "eps": (lambda b: adam(b, eps=INF), "eps is inf, expected a finite"),
+        "step": (lambda b: adam(b, step=0), "step is 0, expected 1 to"),
     },
     "pcb_merge": {
         "cuts": (lambda b: pcb(b, cuts=[1, 2]), "expected 1 cuts"),

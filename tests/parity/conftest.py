@@ -1,16 +1,21 @@
-"""Fixtures of the parity tests: mergekit's environment and the checkpoints both programs merge."""
+"""Fixtures of the parity tests: the environments of both peers, and the checkpoints to merge."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+Tensors = Mapping[str, torch.Tensor]
+FusionBench = Callable[[Mapping[str, Mapping[str, Any]]], dict[str, dict[str, torch.Tensor]]]
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS = 64, 160, 96, 4, 2
@@ -27,6 +32,68 @@ def peers_python() -> Path:
             "run `make bench-peers`, or set PYMERGE_PEERS to an environment that has it"
         )
     return environment / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def fusionbench(tmp_path_factory: pytest.TempPathFactory) -> FusionBench:
+    """Runs FusionBench's code: a function from {name: job} to {name: its merged tensors}.
+
+    A job has ``method`` (a key of METHODS in drive_fusionbench.py), ``base`` ({parameter: tensor})
+    and ``tasks`` (a list of such), and may have ``options`` (FusionBench's arguments), ``inputs``
+    (a tensor for each task), ``grams`` and ``fishers`` (lists of {module or parameter: tensor}),
+    ``activation``, ``seed`` and ``threads``. One process runs all jobs of a call, because it takes
+    seconds to start.
+    """
+    environment = Path(os.environ.get("PYMERGE_FUSIONBENCH", ROOT / ".venv-fusionbench"))
+    python = environment / "bin" / "python"
+    probe = [python, "-c", "import importlib.metadata as m; m.version('fusion-bench')"]
+    if not python.exists() or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip(
+            f"FusionBench is not installed in {environment}: "
+            "run `make bench-peers`, or set PYMERGE_FUSIONBENCH to an environment that has it"
+        )
+
+    def run(jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
+        work = tmp_path_factory.mktemp("fusionbench")
+        listed = []
+        for name, job in jobs.items():
+            settings = {key: value for key, value in job.items() if key not in TENSORS_OF_A_JOB}
+            files = {"tensors": f"{work / name}.safetensors", "out": str(work / name)}
+            save_file(fusionbench_tensors(**job), files["tensors"])
+            listed.append({**settings, **files})
+        (work / "jobs.json").write_text(json.dumps(listed))
+        driver = Path(__file__).with_name("drive_fusionbench.py")
+        command = [python, driver, work / "jobs.json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for name in jobs:
+            error = work / name / "error.txt"
+            assert not error.exists(), f"{name}: {error.read_text()[-3000:]}"
+        return {name: load_file(work / name / "merged.safetensors") for name in jobs}
+
+    return run
+
+
+TENSORS_OF_A_JOB = ("base", "tasks", "inputs", "grams", "fishers")
+
+
+def fusionbench_tensors(
+    *,
+    base: Tensors,
+    tasks: Sequence[Tensors],
+    inputs: Sequence[torch.Tensor] = (),
+    grams: Sequence[Tensors] = (),
+    fishers: Sequence[Tensors] = (),
+    **_: object,
+) -> dict[str, torch.Tensor]:
+    """A job's tensors under the names that drive_fusionbench.py reads."""
+    tensors = {f"base/{name}": value for name, value in base.items()}
+    for kind, parts in (("task", tasks), ("gram", grams), ("fisher", fishers)):
+        for i, part in enumerate(parts):
+            tensors |= {f"{kind}/{i}/{name}": value for name, value in part.items()}
+    tensors |= {f"inputs/{i}": value for i, value in enumerate(inputs)}
+    # the same tensor may be given twice, which a file may not hold
+    return {key: value.contiguous().clone() for key, value in tensors.items()}
 
 
 def llama_shapes(num_layers: int, tied: bool) -> dict[str, tuple[int, ...]]:

@@ -113,6 +113,16 @@ PM_INLINE typename V::F apply_task(typename V::F base, typename V::F vector, typ
     return V::add(base, V::mul(V::set(scale), V::zero_unless(bit, vector)));
 }
 
+// A step of Adam; the corrections of the bias are in the rate and the floor.
+template <class V>
+PM_INLINE void adam_step(const Adam& adam, typename V::F gradient, typename V::F* theta, typename V::F* first,
+                         typename V::F* second) {
+    *first = V::add(*first, V::mul(V::set(adam.gain1), V::sub(gradient, *first)));
+    *second = V::add(V::mul(V::set(adam.decay2), *second), V::mul(V::set(adam.gain2), V::mul(gradient, gradient)));
+    const typename V::F root = V::add(V::sqrt(*second), V::set(adam.floor));
+    *theta = V::sub(*theta, V::div(V::mul(V::set(adam.rate), *first), root));
+}
+
 // (x - low) / (high - low), or x * 0 where they are equal.
 template <class V>
 PM_INLINE typename V::F share_of_range(typename V::F x, float low, float high) {

@@ -218,6 +218,16 @@ struct ElementMap {
     Output out;
 };
 
+// All memory is float32; theta, first and second are updated in place.
+struct AdamStep {
+    float* theta = nullptr;
+    float* first = nullptr;
+    float* second = nullptr;
+    const float* gradient = nullptr;
+    size_t num = 0;
+    Adam adam;
+};
+
 enum class StatusCode : int32_t { Ok = 0, NoIsa, UnknownFormat, NotWritable, BadShape };
 
 // What a call refused: the argument (-1 base, -2 output, -3 score, else the index of a model), what was found there
@@ -261,6 +271,7 @@ Status elect_masks(const ElementMap& op);
 Status apply_task(const ElementMap& op, uint64_t* num_nonfinite);
 Status pcb_score(const ElementMap& op, uint64_t* num_nonfinite);
 Status pcb_merge(const ElementMap& op, uint64_t* num_nonfinite);
+Status adam_step(const AdamStep& op, uint64_t* num_nonfinite);
 
 // How many indices e in [start, start + num) satisfy (e / group) % stride == 0.
 uint64_t num_sampled(uint64_t start, uint64_t num, uint64_t group, uint64_t stride);

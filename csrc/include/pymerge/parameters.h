@@ -36,6 +36,15 @@ struct Vote {
     bool add_base = true;
 };
 
+// The numbers of a step of Adam, see maps.h.
+struct Adam {
+    float gain1 = 0.0f;   // 1 - beta1
+    float decay2 = 0.0f;  // beta2
+    float gain2 = 0.0f;   // 1 - beta2
+    float rate = 0.0f;
+    float floor = 0.0f;
+};
+
 struct Pcb {
     const float* lows = nullptr;
     const float* highs = nullptr;

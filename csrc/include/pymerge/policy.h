@@ -2,7 +2,7 @@
 //
 // A policy V has kLanes and the types F (float32), I (int32) and M (lane mask), with
 //   set(x), lanes() = 0, 1, ..., bits(F), floats(I)
-//   add, sub, mul, div of F; add, sub, min, bit_and, bit_or, bit_xor of I
+//   add, sub, mul, div, sqrt of F; add, sub, min, bit_and, bit_or, bit_xor of I
 //   shift_right (logical), shift_left, halve (I >> 1 with the sign), to_int(F) of integers, to_float(I)
 //   greater, equal (I, signed), below_unsigned(I, I); above, at_least, same (F, ordered), is_nan
 //   both, either, negate, first(n); select(M, yes, no), zero_unless(M, F), add_where(M, acc, F)

@@ -117,11 +117,13 @@ struct Scalar {
     PM_INLINE static F sub(F a, F b) { return __fsub_rn(a, b); }
     PM_INLINE static F mul(F a, F b) { return __fmul_rn(a, b); }
     PM_INLINE static F div(F a, F b) { return __fdiv_rn(a, b); }
+    PM_INLINE static F sqrt(F a) { return __fsqrt_rn(a); }
 #else
     PM_INLINE static F add(F a, F b) { return a + b; }
     PM_INLINE static F sub(F a, F b) { return a - b; }
     PM_INLINE static F mul(F a, F b) { return a * b; }
     PM_INLINE static F div(F a, F b) { return a / b; }
+    PM_INLINE static F sqrt(F a) { return __builtin_sqrtf(a); }
 #endif
     PM_INLINE static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
     PM_INLINE static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }

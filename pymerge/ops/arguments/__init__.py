@@ -11,6 +11,7 @@ from __future__ import annotations
 from pymerge.ops.arguments.elementwise import (
     MODE,
     Pcb,
+    adam_step,
     apply_task,
     consensus_merge,
     elect_masks,
@@ -67,6 +68,7 @@ __all__ = [
     "Lora",
     "Pcb",
     "Sparsify",
+    "adam_step",
     "apply_task",
     "axpy_grid",
     "axpy_n",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pymerge.errors import PymergeError
+from pymerge.formats import BY_CODE, F32
 from pymerge.ops import checks
 from pymerge.ops.view import View
 
@@ -161,6 +163,48 @@ def pcb_merge(
         checks.floats(op, "weights", weights, count),
         checks.number(op, "scale", scale),
     )
+
+
+class AdamStep(NamedTuple):
+    """Checked arguments of adam_step: the count, and gain1, decay2, gain2, rate and floor."""
+
+    num: int
+    numbers: list[float]
+
+
+def adam_step(
+    theta: View,
+    first: View,
+    second: View,
+    gradient: View,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> AdamStep:
+    op = "adam_step"
+    named = {"theta": theta, "first": first, "second": second, "gradient": gradient}
+    for name, view in named.items():
+        if view.code != F32.code:
+            format = BY_CODE.get(view.code)
+            found = f"format code {view.code}" if format is None else format.name
+            raise PymergeError(f"{op}: {name} is {found}, expected F32")
+    num = checks.check_views(op, None, (gradient,), theta)
+    checks.check_views(op, None, (gradient, theta), first)
+    checks.check_views(op, None, (gradient, theta, first), second)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= checks.finite(op, name, beta) < 1:
+            raise PymergeError(f"{op}: {name} is {beta}, expected 0 <= {name} < 1")
+    for name, value in (("lr", lr), ("eps", eps)):
+        if checks.finite(op, name, value) < 0:
+            raise PymergeError(f"{op}: {name} is {value}, expected zero or more")
+    step = checks.check_range(op, "step", step, 1, checks.INT32_MAX)
+    root = math.sqrt(1 - beta2**step)
+    rate = lr * root / (1 - beta1**step)
+    numbers = [1 - beta1, beta2, 1 - beta2, rate, eps * root]
+    return AdamStep(num, checks.floats(op, "numbers", numbers, len(numbers)))
 
 
 def _map(op: str, out: View, base: View, models: Sequence[View]) -> int:

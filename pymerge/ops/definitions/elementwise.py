@@ -104,4 +104,15 @@ ELEMENTWISE = (
         "+ scale * (num / den)).",
         READS_AND_WRITES,
     ),
+    Op(
+        "adam_step",
+        "adam_step(theta, first, second, gradient, *, lr, beta1, beta2, eps, step) -> int",
+        "Step number ``step``, from 1, of Adam, on float32 memory alone; theta, first and second "
+        "are updated in place. first = first + gain1 * (gradient - first); second = decay2 * "
+        "second + gain2 * (gradient * gradient); theta = theta - (rate * first) / (sqrt(second) + "
+        "floor). The numbers are computed in float64 and rounded to float32: gain1 = 1 - beta1, "
+        "decay2 = beta2, gain2 = 1 - beta2, rate = lr * root / (1 - beta1**step), floor = eps * "
+        "root with root = sqrt(1 - beta2**step). Counts what is not finite in theta.",
+        Traffic(base="3 × state", models="gradient", out="3 × state"),
+    ),
 )

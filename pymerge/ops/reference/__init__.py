@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pymerge.ops.reference.elements import store, value
 from pymerge.ops.reference.elementwise import (
+    adam_step,
     apply_task,
     consensus_merge,
     elect_masks,
@@ -48,6 +49,7 @@ from pymerge.ops.reference.selection import (
 )
 
 __all__ = [
+    "adam_step",
     "apply_task",
     "axpy_grid",
     "axpy_n",

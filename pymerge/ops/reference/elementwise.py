@@ -261,6 +261,35 @@ def pcb_merge(
         return store(out, value(base) + np.float32(scale) * (num / den))
 
 
+def adam_step(
+    theta: View,
+    first: View,
+    second: View,
+    gradient: View,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> int:
+    """A step of Adam in place: first = first + gain1 (gradient - first), second = decay2 second +
+    gain2 gradient gradient, theta = theta - rate first / (sqrt(second) + floor); the corrections of
+    the bias are in the rate and the floor."""
+    checked = arguments.adam_step(
+        theta, first, second, gradient, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step
+    )
+    gain1, decay2, gain2, rate, floor = (np.float32(x) for x in checked.numbers)
+    g, m, v = value(gradient), value(first), value(second)
+    with np.errstate(all="ignore"):
+        m = m + gain1 * (g - m)
+        v = decay2 * v + gain2 * (g * g)
+        moved = value(theta) - (rate * m) / (np.sqrt(v) + floor)
+    store(first, m)
+    store(second, v)
+    return store(theta, moved)
+
+
 def _pcb_scores(
     base: View, models: Sequence[View], lows: Sequence[float], highs: Sequence[float], mode: str
 ) -> tuple[list[Floats], list[Floats]]:

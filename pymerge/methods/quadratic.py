@@ -1,0 +1,240 @@
+"""The quadratic that interference methods minimise, built from one task vector at a time.
+
+``L(θ) = Σᵢ wᵢ·‖(θ − tᵢ)·pᵢᵀ‖²`` with targets tᵢ and projectors pᵢ (both the task vector in WUDI, low
+rank parts of it in OptMerge) has the gradient ``2·(θC − D)``, where ``C = Σ wᵢ·pᵢᵀpᵢ`` [n, n] and
+``D = Σ wᵢ·tᵢpᵢᵀpᵢ`` [m, n]. However many tasks there are, a solver sees C, D and where it starts; so
+the matrices in memory are these three and the task vector that is being added.
+
+The weight ``wᵢ = 1/‖τᵢ‖²`` makes C free of scale; a task vector of zeros gets the weight 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pymerge.methods.matrices import FLOAT
+from pymerge.methods.protocol import Cost
+
+if TYPE_CHECKING:
+    import torch
+
+    from pymerge.ops.workspace import Workspace
+
+#: Eigenvalues of C below this share of the largest are what rounding left of zero.
+CUT = 1e-10
+#: Terms of a float32 product that are summed before float64 takes over.
+CHUNK = 1024
+#: Columns of C that a device works on at a time; the host takes the workspace's panels.
+DEVICE_STRIP = 2048
+#: Workers whose tiles the costs count.
+WORKERS = 8
+
+
+class Quadratic:
+    """C, D and the start of the descent; ``dtype`` is that of C and D.
+
+    ``finite`` turns false where a task vector is not finite: then no matrix is worth computing.
+    """
+
+    def __init__(self, rows: int, columns: int, ws: Workspace, dtype: str = "float32") -> None:
+        self.ws = ws
+        self.c = ws.zeros(columns, columns, dtype=dtype)
+        self.d = ws.zeros(rows, columns, dtype=dtype)
+        self.start = ws.zeros(rows, columns)
+        self.finite = True
+
+    def add(self, tau: torch.Tensor) -> None:
+        """One more task, target and projector in one. ``tau`` is overwritten."""
+        norm = norm_of(tau, self.ws)
+        self.finite = self.finite and math.isfinite(norm)
+        if not self.finite or norm == 0:
+            return
+        # An exact factor that keeps squares and cubes of tiny task vectors within float32.
+        unit = 2.0 ** math.frexp(norm)[1]
+
+        def scale(part: slice) -> None:
+            self.start[part] += tau[part]
+            tau[part] /= unit
+
+        self.ws.map(scale, self.ws.panels(tau.shape[0]))
+        weight = (unit / norm) ** 2
+        x = tau.to(self.c.dtype)
+        m, n = x.shape
+        # τ(τᵀτ) costs 2n²m beside the triangle of C, (ττᵀ)τ 3m²n and more.
+        wide = 4 * m < 3 * n
+
+        def columns(part: slice) -> None:
+            first = part.start if wide else 0
+            gram = _gram_rows(x.t(), part, first)
+            self.c[part, first:].add_(gram, alpha=weight)
+            if not wide:
+                self.d[:, part].addmm_(x, gram.t(), alpha=weight * unit)
+
+        def rows(part: slice) -> None:
+            self.d[part].addmm_(_gram_rows(x, part, 0), x, alpha=weight * unit)
+
+        self.ws.map(columns, self._strips(n))
+        if wide:
+            self.ws.map(rows, self._strips(m))
+
+    def add_factors(
+        self, weight: float, image: torch.Tensor, values: torch.Tensor, right: torch.Tensor
+    ) -> None:
+        """One more task whose projector is ``diag(values [k])·right [k, n]`` up to an isometry and
+        whose target t gives ``image = t·rightᵀ`` [m, k]."""
+        squares = values.square() * weight
+        kind = self.c.dtype
+        scaled = (right * squares[:, None]).to(kind)
+        left, image = right.t().to(kind), image.to(kind)
+        self.ws.map(lambda p: self.c[p].addmm_(left[p], scaled), self._strips(len(self.c)))
+        self.ws.map(lambda p: self.d[p].addmm_(image[p], scaled), self._strips(len(self.d)))
+
+    def mirror(self) -> None:
+        """Make C symmetric to the bit by its upper triangle."""
+
+        def strip(part: slice) -> None:
+            self.c[part, part] = self.c[part, part].triu() + self.c[part, part].triu(1).t()
+            self.c[part.stop :, part] = self.c[part, part.stop :].t()
+
+        self.ws.map(strip, self._strips(len(self.c)))
+
+    def adam(self, steps: int, lr: float) -> torch.Tensor:
+        """The iterate after ``steps`` steps of Adam."""
+        from pymerge.ops.matrix import adam_quadratic
+
+        return adam_quadratic(self.start, self.c, self.d, self.ws, steps=steps, lr=lr)
+
+    def flow(self, time: float) -> torch.Tensor:
+        """``start + (D − start·C)·φ(C)`` with ``φ(λ) = (1 − e^(−time·λ))/λ``, without an
+        eigendecomposition."""
+        from pymerge.ops.matrix import chebyshev_filter
+
+        self._to_residual()
+        result = chebyshev_filter(self.c, self.d, self.ws, time=time)
+        return self._from_start(result)
+
+    def spectral(
+        self, phi: Callable[[torch.Tensor], torch.Tensor], most: int | None = None
+    ) -> torch.Tensor:
+        """``start + (D − start·C)·φ(C)`` where φ takes the eigenvalues of C, descending, those
+        below the cut left out; on the ``most`` largest of them only."""
+        from pymerge.ops.matrix import gram_eigh
+
+        self._to_residual()
+        values, vectors = gram_eigh(self.c, self.ws)
+        self.c = values
+        count = int((values > CUT * values[0]).sum())
+        count = count if most is None else min(count, most)
+        kept = vectors[:, :count]
+        factors = phi(values[:count])
+        result = self.ws.empty(*self.d.shape)
+
+        def panel(part: slice) -> None:
+            found = (self.d[part].double() @ kept).mul_(factors) @ kept.t()
+            result[part] = found.add_(self.start[part])
+
+        self.ws.map(panel, self.ws.panels(len(result)))
+        return result
+
+    def ridge(self, ridge: float) -> torch.Tensor:
+        """``start + (D − start·C)·(C + ridge·mean(diag C)·1)⁻¹``, by Cholesky."""
+        from pymerge.ops.matrix import solve_spd
+
+        self._to_residual()
+        found = solve_spd(self.c, self.d.t(), self.ws, ridge=ridge).x.t()
+        result = self.ws.empty(*found.shape)
+
+        def panel(part: slice) -> None:
+            result[part] = found[part] + self.start[part]
+
+        self.ws.map(panel, self.ws.panels(len(result)))
+        return result
+
+    def _strips(self, num: int) -> list[slice]:
+        return self.ws.panels(num, None if self.ws.on_host else DEVICE_STRIP)
+
+    def _to_residual(self) -> None:
+        """Put D − start·C in D's place."""
+        self.ws.map(
+            lambda p: self.d[p].addmm_(self.start[p].to(self.c.dtype), self.c, alpha=-1),
+            self._strips(len(self.d)),
+        )
+
+    def _from_start(self, result: torch.Tensor) -> torch.Tensor:
+        self.ws.map(lambda p: result[p].add_(self.start[p]), self.ws.panels(len(result)))
+        return result
+
+
+def norm_of(tau: torch.Tensor, ws: Workspace) -> float:
+    """‖tau‖_F in float64; not finite where an element is not."""
+    squares = ws.map(lambda p: float(_double_norm(tau[p])) ** 2, ws.panels(tau.shape[0]))
+    return math.sqrt(sum(squares))
+
+
+def _double_norm(part: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.linalg.vector_norm(part, dtype=torch.float64)
+
+
+def _gram_rows(x: torch.Tensor, part: slice, first: int) -> torch.Tensor:
+    """Rows ``part`` of xxᵀ from column ``first`` on; of float32 in sums of CHUNK terms, which are
+    summed in float64."""
+    import torch
+
+    if x.shape[1] <= CHUNK or x.dtype == torch.float64:
+        return x[part] @ x[first:].t()
+    total = torch.zeros(
+        part.stop - part.start, x.shape[0] - first, dtype=torch.float64, device=x.device
+    )
+    for start in range(0, x.shape[1], CHUNK):
+        terms = slice(start, start + CHUNK)
+        total += x[part, terms] @ x[first:, terms].t()
+    return total.float()
+
+
+def build_flops(rows: int, columns: int, num_models: int) -> float:
+    """Flops that adding ``num_models`` task vectors takes."""
+    m, n = float(rows), float(columns)
+    each = m * n * n + 4 * m * m * n if 4 * m < 3 * n else 4 * m * n * n
+    return num_models * each
+
+
+def tile_bytes(rows: int, columns: int, *, height: int, per_element: int) -> int:
+    """Bytes of the workers' tiles: ``height`` rows of ``columns`` elements each."""
+    return min(WORKERS * height, rows + height) * columns * per_element
+
+
+def iterative_cost(rows: int, columns: int, num_models: int, products: float) -> Cost:
+    """Of building in float32 and solving by ``products`` products of [m, n] with C: C, D and the
+    start with the task vector or the result, and the workers' tiles."""
+    held = FLOAT * (columns**2 + 3 * rows * columns)
+    tiles = max(
+        tile_bytes(columns, columns, height=256, per_element=16),
+        tile_bytes(rows, max(rows, columns), height=256, per_element=16),
+    )
+    flops = build_flops(rows, columns, num_models) + 2.0 * products * rows * columns**2
+    return Cost(held + tiles, flops)
+
+
+def direct_cost(rows: int, columns: int, num_models: int, *, double: bool, eigen: bool) -> Cost:
+    """Of building in float32 or float64 and solving by an eigendecomposition or Cholesky."""
+    item = 8 if double else FLOAT
+    elements, square = rows * columns, columns**2
+    # D, the start, and the task vector with its copy in float64.
+    building = item * square + (item + 2 * FLOAT + (8 if double else 0)) * elements
+    building += tile_bytes(max(rows, columns), max(rows, columns), height=256, per_element=16)
+    # C as float64, LAPACK's vectors and its work, the vectors in order; or a copy and its factor.
+    solving = (item + 5 * 8) * square + (item + 2 * FLOAT) * elements
+    solving += 0 if eigen else 8 * elements
+    solving += tile_bytes(rows, columns, height=256, per_element=24)
+    flops = build_flops(rows, columns, num_models)
+    last = 4.0 * elements * columns + (0 if eigen else columns**3 / 3)
+    return Cost(
+        max(building, solving),
+        0.0 if double else flops,
+        last + (flops if double else 0.0),
+        9.0 * columns**3 if eigen else 0.0,
+    )

@@ -1,0 +1,39 @@
+"""Where each merge method is: its name in the recipe and the module of this folder.
+
+A module is imported when one of its methods is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+MODULES: Mapping[str, str] = {
+    "arcee_fusion": "arcee_fusion",
+    "breadcrumbs": "breadcrumbs",
+    "breadcrumbs_ties": "breadcrumbs",
+    "consensus_ta": "consensus_ta",
+    "dare_linear": "dare",
+    "dare_ties": "dare",
+    "della": "della",
+    "della_linear": "della",
+    "emr": "emr",
+    "iso_c": "iso_c",
+    "karcher": "karcher",
+    "linear": "linear",
+    "magmax": "magmax",
+    "model_stock": "model_stock",
+    "multislerp": "multislerp",
+    "nearswap": "nearswap",
+    "nuslerp": "nuslerp",
+    "optmerge": "optmerge",
+    "passthrough": "passthrough",
+    "pcb": "pcb",
+    "ram": "ram",
+    "ramplus_tl": "ram",
+    "sce": "sce",
+    "slerp": "slerp",
+    "tall_masks": "tall_masks",
+    "task_arithmetic": "task_arithmetic",
+    "ties": "ties",
+    "wudi": "wudi",
+}

@@ -1,0 +1,244 @@
+"""FusionBench 0.2.33's own functions on small matrices, through drive_fusionbench.py.
+
+That each runs and returns finite parameters; and, where a formula says what FusionBench should
+return, that in float64 it does, so that what reaches it is what the jobs below say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+NUM_TASKS, EXAMPLES = 3, 40
+SHAPES = {"a.bias": (24,), "a.weight": (24, 16), "b.bias": (12,), "b.weight": (12, 24)}
+MATRICES = [name for name in SHAPES if name.endswith("weight")]
+
+Jobs = Mapping[str, Mapping[str, Any]]
+Merged = dict[str, dict[str, torch.Tensor]]
+
+
+def inputs_of(number: int) -> np.ndarray:
+    return np.random.default_rng(100 + number).normal(size=(EXAMPLES, 16))
+
+
+def values(seed: int, size: float) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(0, size, shape) for name, shape in SHAPES.items()}
+
+
+BASE = values(0, 0.2)
+DELTAS = [values(1 + i, 0.02) for i in range(NUM_TASKS)]
+TASKS = [{name: BASE[name] + delta[name] for name in SHAPES} for delta in DELTAS]
+INPUTS = [inputs_of(i) for i in range(NUM_TASKS)]
+GRAMS = [{"a": x.T @ x / EXAMPLES} for x in INPUTS]
+FISHERS = [{n: v**2 for n, v in values(10 + i, 1.0).items()} for i in range(NUM_TASKS)]
+
+DATA = {"inputs": INPUTS}
+PAIR = {"tasks": TASKS[:2]}
+CASES: dict[str, dict[str, Any]] = {
+    "doge_ta": {},
+    "fisher": {"fishers": FISHERS, "options": {"normalize_fisher_weight": False}},
+    "fisher-from-inputs": {**DATA, "method": "fisher", "options": {"batch_size": 1}},
+    "iso_c": {},
+    "iso_cts": {},
+    "knots": {},
+    "opcm": {},
+    "opcm_clip": {},
+    "opcm_step": {**PAIR, "options": {"previous_lambda": 1.5, "lambda": 1.2}},
+    "peft_magnitude_prune": {"options": {"density": 0.5}},
+    "peft_task_arithmetic": {"options": {"weights": [0.2, 0.3, 0.5]}},
+    "peft_ties": {"options": {"density": 0.5}},
+    "regmean": {"grams": GRAMS, "options": {"reduce_non_diagonal_ratio": 0.5}},
+    "regmean-from-inputs": {**DATA, "method": "regmean", "activation": "relu"},
+    "regmean_plusplus": {**DATA, "activation": "relu", "options": {"batch_size": 16}},
+    "simple_average": {},
+    "slerp": PAIR,
+    "smile": {**DATA, "options": {"k": 16, "gate_k": 2, "full_matrices": False}},
+    "task_arithmetic": {},
+    "ties": {},
+    "tsvm": {},
+    "tsvm_eigen": {},
+    "tsvm_lossless": {},
+    "tsvm_lossless_eigen": {},
+    "weighted_average": {"options": {"weights": [1, 2, 5]}},
+    "wudi": {"options": {"iter_num": 5}},
+}
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value).to(dtype)
+    if isinstance(value, dict):
+        return {key: in_dtype(item, dtype) for key, item in value.items()}
+    return [in_dtype(item, dtype) for item in value] if isinstance(value, list) else value
+
+
+def job(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    given = {"method": name, "base": BASE, "tasks": TASKS, **CASES[name]}
+    options = given.pop("options", {})
+    return {**in_dtype(given, dtype), "options": options}
+
+
+@pytest.fixture(scope="module")
+def merged(fusionbench: Callable[[Jobs], Merged]) -> Merged:
+    jobs = {name: job(name, torch.float32) for name in CASES}
+    jobs |= {f"{name}-float64": job(name, torch.float64) for name in TRUTHS}
+    return fusionbench(jobs)
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    if name == "smile":
+        experts = {f"expert/{i}": SHAPES["a.weight"] for i in range(NUM_TASKS)}
+        return {"outputs": (EXAMPLES, 24), "router": (EXAMPLES, NUM_TASKS), **experts}
+    if name == "knots":
+        found: dict[str, tuple[int, ...]] = {}
+        for matrix in MATRICES:
+            rows, columns = SHAPES[matrix]
+            rank = min(rows, NUM_TASKS * columns)
+            found |= {f"u/{matrix}": (rows, rank), f"s/{matrix}": (rank,)}
+            found |= {f"vh/{i}/{matrix}": (rank, columns) for i in range(NUM_TASKS)}
+        return found
+    return dict(SHAPES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fusionbench_runs(merged: Merged, name: str) -> None:
+    found = merged[name]
+    assert {key: tuple(value.shape) for key, value in found.items()} == shapes_of(name)
+    for key, value in found.items():
+        assert value.dtype == torch.float32
+        assert torch.isfinite(value).all(), key
+        base = BASE.get(key)
+        if base is not None and len(base.shape) == 2:
+            assert not np.array_equal(value, base.astype(np.float32)), key
+
+
+def combination(weights: list[float], base: float) -> dict[str, np.ndarray]:
+    """base * the base's parameters and the weighted sum of the tasks' parameters."""
+    return {
+        name: base * BASE[name] + sum(w * t[name] for w, t in zip(weights, TASKS, strict=True))
+        for name in SHAPES
+    }
+
+
+def averaged_vectors() -> dict[str, np.ndarray]:
+    return {
+        name: BASE[name] + np.mean([d[name] for d in DELTAS], axis=0)
+        for name in SHAPES.keys() - set(MATRICES)
+    }
+
+
+def iso_c() -> dict[str, np.ndarray]:
+    """The sum of the deltas with the mean of its singular values; vectors are averaged."""
+    found = averaged_vectors()
+    for name in MATRICES:
+        u, s, vh = np.linalg.svd(sum(d[name] for d in DELTAS), full_matrices=False)
+        found[name] = BASE[name] + s.mean() * u @ vh
+    return found
+
+
+def tsvm() -> dict[str, np.ndarray]:
+    """The top parts of the tasks' spectra between the nearest orthonormal sets of vectors."""
+
+    def nearest(x: np.ndarray) -> np.ndarray:
+        u, _, vh = np.linalg.svd(x, full_matrices=False)
+        return u @ vh
+
+    found = averaged_vectors()
+    for name in MATRICES:
+        keep = min(SHAPES[name]) // NUM_TASKS
+        parts = [np.linalg.svd(d[name], full_matrices=False) for d in DELTAS]
+        u = nearest(np.hstack([u[:, :keep] for u, _, _ in parts]))
+        vh = nearest(np.vstack([vh[:keep] for _, _, vh in parts]))
+        found[name] = BASE[name] + u * np.concatenate([s[:keep] for _, s, _ in parts]) @ vh
+    return found
+
+
+def least_squares(inputs: list[np.ndarray], name: str, shrink: float = 1.0) -> np.ndarray:
+    grams = [x.T @ x / len(x) for x in inputs]
+    grams = [shrink * g + (1 - shrink) * np.diag(np.diag(g)) for g in grams]
+    right = sum(g @ t[name].T for g, t in zip(grams, TASKS, strict=True))
+    return np.linalg.solve(sum(grams), right).T
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def regmean_from_inputs() -> dict[str, np.ndarray]:
+    """The second matrix sees each task's own activations."""
+    hidden = [relu(x @ t["a.weight"].T + t["a.bias"]) for x, t in zip(INPUTS, TASKS, strict=True)]
+    average = combination([1 / NUM_TASKS] * NUM_TASKS, 0)
+    first, second = least_squares(INPUTS, "a.weight"), least_squares(hidden, "b.weight")
+    return {**average, "a.weight": first, "b.weight": second}
+
+
+def regmean_plusplus() -> dict[str, np.ndarray]:
+    """The second matrix sees the activations of what was merged before it."""
+    average = combination([1 / NUM_TASKS] * NUM_TASKS, 0)
+    first = least_squares(INPUTS, "a.weight")
+    hidden = [relu(x @ first.T + average["a.bias"]) for x in INPUTS]
+    return {**average, "a.weight": first, "b.weight": least_squares(hidden, "b.weight")}
+
+
+def regmean() -> dict[str, np.ndarray]:
+    """Grams of the first matrix with halved entries off the diagonal; the rest is averaged."""
+    average = combination([1 / NUM_TASKS] * NUM_TASKS, 0)
+    return {**average, "a.weight": least_squares(INPUTS, "a.weight", shrink=0.5)}
+
+
+def fisher() -> dict[str, np.ndarray]:
+    weights = [{name: f[name] + 1e-6 for name in SHAPES} for f in FISHERS]
+    return {
+        name: sum(w[name] * t[name] for w, t in zip(weights, TASKS, strict=True))
+        / sum(w[name] for w in weights)
+        for name in SHAPES
+    }
+
+
+def smile() -> dict[str, np.ndarray]:
+    """At full rank each input goes through the task whose delta's top right vectors it is in."""
+    x = INPUTS[0]
+    top = [np.linalg.svd(d["a.weight"])[2][:2] for d in DELTAS]
+    router = np.stack([np.linalg.norm(x @ vh.T, axis=1) for vh in top], axis=1)
+    chosen = router.argmax(axis=1)
+    of_tasks = np.stack([x @ t["a.weight"].T + t["a.bias"] for t in TASKS])
+    experts = {f"expert/{i}": d["a.weight"] for i, d in enumerate(DELTAS)}
+    return {"outputs": of_tasks[chosen, np.arange(len(x))], "router": router, **experts}
+
+
+TRUTHS: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+    "fisher": fisher,
+    "iso_c": iso_c,
+    "peft_task_arithmetic": lambda: combination([0.2, 0.3, 0.5], 0.0),
+    "regmean": regmean,
+    "regmean-from-inputs": regmean_from_inputs,
+    "regmean_plusplus": regmean_plusplus,
+    "simple_average": lambda: combination([1 / NUM_TASKS] * NUM_TASKS, 0),
+    "smile": smile,
+    "task_arithmetic": lambda: combination([0.3] * NUM_TASKS, 1 - 0.3 * NUM_TASKS),
+    "tsvm": tsvm,
+    "weighted_average": lambda: combination([1 / 8, 2 / 8, 5 / 8], 0),
+}
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_fusionbench_follows_its_formula(merged: Merged, name: str) -> None:
+    found, expected = merged[f"{name}-float64"], TRUTHS[name]()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        # some scalars of FusionBench's are float32: its weights, coefficients and 1 - ratio
+        np.testing.assert_allclose(found[key].numpy(), value, rtol=0, atol=1e-7, err_msg=key)
+
+
+def test_knots_basis_gives_the_deltas_back(merged: Merged) -> None:
+    found = {key: value.double().numpy() for key, value in merged["knots"].items()}
+    for name in MATRICES:
+        for i, delta in enumerate(DELTAS):
+            product = found[f"u/{name}"] * found[f"s/{name}"] @ found[f"vh/{i}/{name}"]
+            # the parameters, below 1, were rounded to float32 before they were subtracted
+            np.testing.assert_allclose(product, delta[name], rtol=0, atol=1e-6)
