@@ -7,9 +7,10 @@
 Needs torch, triton, numpy, safetensors, setuptools, pybind11, cmake, ninja, nvcc and pip, no
 package index. In order: (1) build pymerge with CUDA kernels in place; (2) compare every op on cuda
 and triton with the reference, byte by byte (tests/ops/cases.py); (3) time every op
-(bench/ops_gpu.py); (4) merge checkpoints from the page cache on the GPU and on the CPU, compare the
-bytes and the seconds. A step that fails is recorded and the next ones still run, but nothing is
-timed on a backend that is red. Step 4 needs what the command line needs (pydantic, typer, ...) and
+(bench/ops_gpu.py); (4) check and time the matrix ops and methods on layer shapes of Llama
+(bench/matrix_gpu.py); (5) merge checkpoints from the page cache on the GPU and on the CPU, compare
+the bytes and the seconds. A step that fails is recorded and the next ones still run, but nothing is
+timed on a backend that is red. Step 5 needs what the command line needs (pydantic, typer, ...) and
 says so where it is missing.
 
 On triton step 2 takes the small cases: all of them are some 4,000 kernels to compile; ``--full``
@@ -127,6 +128,23 @@ def time_ops(backend: str, num_elements: int, environment: dict[str, str], limit
     return {"ok": not failed, "records": records, "output": "\n".join(failed)}
 
 
+def matrices(models: str, emulate: bool, limit: float) -> Record:
+    """bench/matrix_gpu.py in a process of its own; what it said before an end is kept."""
+    command = [sys.executable, BENCH / "matrix_gpu.py", "--models", models]
+    done = run([*command, *(["--emulate"] if emulate else [])], {}, limit)
+    records = []
+    for line in done.stdout.splitlines():
+        if line.startswith('{"case"') and line.endswith("}"):
+            records.append(json.loads(line))
+    failed = [record for record in records if not record["ok"]]
+    found: Record = {"ok": done.returncode == 0 and bool(records) and not failed}
+    found["records"] = records
+    if not found["ok"]:
+        found["output"] = "\n".join(each for each in done.stdout.splitlines() if each[:1] != "{")
+        found["output"] = found["output"][-3000:]
+    return found
+
+
 def end_to_end(
     place: Path, gb: float, backends: Sequence[str], timed: Sequence[str], emulate: bool
 ) -> Record:
@@ -233,6 +251,31 @@ def print_records(records: Sequence[Record]) -> None:
         )
 
 
+def print_matrices(found: Record) -> None:
+    for record in found["records"]:
+        name = f"{record['case']:16} {record.get('model', ''):4} {record.get('shape', '')!s:16}"
+        wrong = [
+            f"{check['name']} {check['value']:.1e} > {check['bound']:.1e}"
+            for check in record.get("checks", ())
+            if not check["value"] <= check["bound"]
+        ]
+        if not record["ok"]:
+            print(f"{name} {record.get('failed') or '; '.join(wrong)}")
+        elif "seconds" not in record:
+            rates = record.get("gflops_of", {})
+            what = [f"{kind} {rate:.0f} GFLOP/s" for kind, rate in rates.items()]
+            print(f"{name} {', '.join(what) or 'checked, not timed'}")
+        else:
+            faster = record.get("baseline_skipped", "")
+            if "baseline_seconds" in record:
+                faster = f"{record['times_faster']:.1f}x {record['baseline']}"
+            print(
+                f"{name} {record['seconds']:9.4f} s {record['share_of_gemm']:6.1%} of "
+                f"{record['gemm']} GEMM, {record['peak_matrices']:.1f} matrices  {faster}"
+            )
+    print(found.get("output", ""))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
@@ -240,7 +283,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gb", type=float, default=4.0, help="of a checkpoint, end to end")
     parser.add_argument("--dir", type=Path, default=BENCH / "work", help="for the checkpoints")
     parser.add_argument("--backends", default=",".join(BACKENDS))
-    parser.add_argument("--skip", default="", help="steps: build, test, ops, merge")
+    parser.add_argument("--skip", default="", help="steps: build, test, ops, matrix, merge")
+    parser.add_argument("--models", default="8b,70b", help="whose shapes, for the matrix methods")
     parser.add_argument("--full", action="store_true", help="all cases on triton, too")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds of a test or timing")
     parser.add_argument("--emulate", action="store_true", help="without a GPU; nothing is timed")
@@ -306,6 +350,11 @@ def main() -> None:
         document["machine"] |= gpu_line()
     green = [each for each in backends if check_ops(arguments, each, skip, results)]
     ok &= green == backends
+    if "matrix" not in skip:
+        found = document["matrix"] = matrices(arguments.models, arguments.emulate, arguments.limit)
+        ok &= found["ok"]
+        print_matrices(found)
+        results.save()
     if "merge" not in skip:
         timed = () if arguments.emulate else ("cpu", *green)
         document["merge"] = end_to_end(

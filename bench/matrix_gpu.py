@@ -120,8 +120,8 @@ class Check:
 
 @dataclass
 class Case:
-    """``run`` is what is timed on what ``prepare`` makes; ``check`` takes both, and ``flops`` what it
-    left there. ``scale`` of a baseline says how its time grows, to judge a larger shape by a
+    """``run`` is what is timed on what ``prepare`` makes; ``check`` takes both, and ``flops`` what
+    it left there. ``scale`` of a baseline says how its time grows, to judge a larger shape by a
     smaller one."""
 
     name: str

@@ -258,7 +258,8 @@ uint64_t adam_step(const View& theta, const View& first, const View& second, con
     require_count(name, "numbers", numbers.size(), 5);
     for (const View& view : {theta, first, second, gradient}) {
         require_memory(name, "elements", std::get<0>(view), num);
-        require_count(name, "as format code", static_cast<size_t>(std::get<1>(view)), static_cast<size_t>(pymerge::Format::F32));
+        require_count(name, "as format code", static_cast<size_t>(std::get<1>(view)),
+                      static_cast<size_t>(pymerge::Format::F32));
     }
     return run_write(name, pymerge::adam_step,
                      {pointer<float>(std::get<0>(theta)),

@@ -189,6 +189,7 @@ def merge(
     with Display() as display:
         report = run(progress=display.update)
     print_report(report)
+    print_warnings(report.warnings[len(planned.warnings) :])
 
 
 @app.command()
@@ -217,6 +218,7 @@ def plan(
     Of the models only headers are read.
     """
     from pymerge import api
+    from pymerge.engine.matrix_rates import matrix_rates_of
     from pymerge.engine.rates import rates_of
     from pymerge.terminal import print_plan
 
@@ -230,7 +232,8 @@ def plan(
         allow_pickle=allow_pickle,
         allow_missing=allow_missing,
     )
-    print_plan(planned, rates_of(folder), as_json=as_json, tensors=tensors)
+    rates = rates_of(folder)
+    print_plan(planned, rates, matrix_rates_of(planned), as_json=as_json, tensors=tensors)
 
 
 @app.command()
@@ -502,7 +505,8 @@ def methods(
 @app.command()
 def doctor(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure storage and memory rates (64 MiB).")
+        bool,
+        typer.Option("--measure", help="Measure storage (64 MiB), memory and matrix products."),
     ] = False,
     folder: Annotated[
         Path, typer.Option("--folder", metavar="DIR", help="Folder whose storage is examined.")
@@ -524,6 +528,16 @@ def doctor(
             f"{format_size(rates.cached_read)}/s, durable write "
             f"{format_size(rates.write)}/s, memory copy "
             f"{format_size(rates.copy)}/s"
+        )
+        from pymerge.engine.matrix_rates import measure_matrix_rates
+        from pymerge.machine import compute_threads
+
+        threads = compute_threads(None)
+        matrices = measure_matrix_rates(threads)
+        typer.echo(
+            f"measured: matrix products {matrices.flops32:.3g} flops/s in float32 and "
+            f"{matrices.flops64:.3g} in float64 with {threads} threads, eigenproblems "
+            f"{matrices.eigen64:.3g} with one"
         )
     if report.problems:
         raise PymergeError("pymerge cannot merge here; the problems are listed above")

@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -21,7 +22,9 @@ from pymerge.methods.protocol import (
     EachTensor,
     Folded,
     Measure,
+    Method,
     Solve,
+    Statistic,
     Tensor,
     Tile,
     answer,
@@ -47,6 +50,7 @@ def merge_tensor(
     threads: int | None = None,
     backend: str | None = None,
     name: str = "tensor",
+    statistics: Sequence[Any] = (),
     **parameters: Any,
 ) -> Any:
     """Merge one tensor of several models in memory.
@@ -60,6 +64,8 @@ def merge_tensor(
     :param out_dtype: torch's name of the result's dtype; default: the common dtype, else float32.
     :param threads: compute threads, 1 to 1024, default all CPUs available; the result does not
         depend on it.
+    :param statistics: for a method that reads what was collected beside models: each model's input
+        Gram [inputs, inputs], or its Fisher diagonal of the tensor's shape, float32.
     :param parameters: the method's parameters, with the values a recipe may give them; one per
         model may be a number for all or a sequence.
     :returns: a new torch tensor if the first of ``tensors`` is one, else a numpy array (bfloat16 as
@@ -97,13 +103,16 @@ def merge_tensor(
     tensor = Tensor(
         name, shape, len(models), base_view is not None, shared, per_model, ops, names, numbers
     )
+    grams, diagonals = _statistics(chosen, statistics, shape, names)
+    tensor = replace(tensor, statistics=[1.0] * len(statistics))
     chosen.check([tensor])
     result, out = _empty_like(tensors[0], shape, format)
     beside = _Beside(tensors[0], shape, format, len(models)) if chosen.extras else None
     granule = chosen.granule(tensor)
-    tiles = _cut(base_view, models, max(granule, TILE_ELEMENTS // granule * granule))
+    tiles = _cut(base_view, models, diagonals, max(granule, TILE_ELEMENTS // granule * granule))
 
     device = executor.devices[0]
+    sentences: list[str] = []
 
     def look(run: Callable[[Tile], Any], models: Sequence[int] | None, tile: Tile) -> Any:
         tile = _of_models(tile, models)
@@ -124,7 +133,7 @@ def merge_tensor(
         pool = stack.enter_context(ThreadPoolExecutor(num_threads))
         if chosen.cost is not None and chosen.cost(tensor).num_bytes:
             workspace = stack.enter_context(Workspace(num_threads, device))
-            tensor = replace(tensor, workspace=workspace, store=_Kept())
+            tensor = replace(tensor, workspace=workspace, store=_Kept(), warn=sentences.append)
 
         def measure(question: Measure) -> Any:
             chosen_tiles = tiles if question.only is None else [tiles[question.only]]
@@ -150,6 +159,8 @@ def merge_tensor(
                     return question.run()
             if isinstance(question, EachTensor):
                 return {name: answer(question.run(tensor), ask)}
+            if isinstance(question, Statistic):
+                return grams[question.model]
             return None  # arrays have no factors
 
         if chosen.model_wide(tensor) and chosen.measure_model is not None:
@@ -157,6 +168,8 @@ def merge_tensor(
             tensor = replace(tensor, state=state)
         apply = decide(chosen, tensor, ask)
         found = list(pool.map(partial(write, apply), tiles))
+    for sentence in sorted(sentences):
+        warnings.warn(f"{name}: {sentence}", stacklevel=2)
     if beside is None:
         return result
     values = apply.values([tile.measured for tile in found]) if apply.values else []
@@ -226,7 +239,7 @@ class _Kept(dict[str, Any]):
 def _of_models(tile: Tile, models: Sequence[int] | None) -> Tile:
     if models is None:
         return tile
-    return tile._replace(models=tuple(tile.models[index] for index in models))
+    return tile._replace(models=tuple(tile.models[index] for index in models), diagonals=())
 
 
 def _check_inputs(spec: MethodSpec, base: Any | None, tensors: Sequence[Any]) -> None:
@@ -321,6 +334,41 @@ def _empty_like(pattern: Any, shape: tuple[int, ...], format: Format) -> tuple[A
     return tensor, view(tensor)
 
 
-def _cut(base: View | None, models: Sequence[View], tile_elements: int) -> list[Tile]:
-    whole = Tile(0, models[0].num, base, tuple(models))
+def _statistics(
+    method: Method, given: Sequence[Any], shape: tuple[int, ...], names: Sequence[str]
+) -> tuple[list[Any], list[View]]:
+    """What was collected, as the lower triangles of Grams or as the views of diagonals."""
+    spec = method.spec
+    if not given:
+        return [], []
+    if method.reads is None or len(given) != len(names):
+        expected = f"{len(names)}" if method.reads else "none: the method reads none"
+        raise PymergeError(
+            f"merge_tensor: {spec.name} with {len(given)} statistics, expected {expected}"
+        )
+    if method.reads == "fisher":
+        views = [_view(array, f"statistics[{i}]") for i, array in enumerate(given)]
+        for index, array in enumerate(given):
+            if tuple(array.shape) != shape:
+                raise PymergeError(
+                    f"merge_tensor: statistics[{index}] has shape {tuple(array.shape)}, expected "
+                    f"{shape} as the tensors"
+                )
+        return [], views
+    grams = []
+    for index, array in enumerate(given):
+        matrix = np.asarray(array, np.float32)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise PymergeError(
+                f"merge_tensor: statistics[{index}] has shape {matrix.shape}, expected a Gram "
+                "matrix [inputs, inputs]"
+            )
+        grams.append(matrix[np.tril_indices(len(matrix))])
+    return grams, []
+
+
+def _cut(
+    base: View | None, models: Sequence[View], diagonals: Sequence[View], tile_elements: int
+) -> list[Tile]:
+    whole = Tile(0, models[0].num, base, tuple(models), tuple(diagonals))
     return [tile for _, tile in whole.pieces(tile_elements)]

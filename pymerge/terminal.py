@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from pymerge.checkpoint import Checkpoint
 from pymerge.engine.events import Snapshot
+from pymerge.engine.matrix_rates import MatrixRates, matrix_seconds
 from pymerge.engine.rates import Rates, floor_seconds
 from pymerge.engine.run import MergeReport
 from pymerge.methods.spec import MethodSpec, ParameterSpec
@@ -150,7 +151,27 @@ def _floor_share(report: MergeReport) -> str:
     return f"; {report.floor_fraction:.2f} of the storage floor"
 
 
-def plan_summary(plan: Plan, rates: Rates | None) -> dict[str, Any]:
+def matrix_summary(plan: Plan, rates: MatrixRates | None) -> dict[str, Any] | None:
+    """What the matrices of a plan take, as plain data; None for a plan without."""
+    jobs = [job for job in plan.jobs if job.cost.num_bytes]
+    if not jobs:
+        return None
+    largest = max(jobs, key=lambda job: job.cost.num_bytes)
+    return {
+        "tensors": len(jobs),
+        "largest": largest.name,
+        "largest_bytes": largest.cost.num_bytes,
+        "flops_float32": sum(job.cost.flops32 for job in jobs),
+        "flops_float64": sum(job.cost.flops64 for job in jobs),
+        "flops_eigen_float64": sum(job.cost.eigen64 for job in jobs),
+        "seconds": None if rates is None else matrix_seconds(plan, rates),
+        "rates": None if rates is None else dict(rates.__dict__),
+    }
+
+
+def plan_summary(
+    plan: Plan, rates: Rates | None, matrix_rates: MatrixRates | None = None
+) -> dict[str, Any]:
     """The plan as plain data; the floor is None where the storage could not be measured."""
     return {
         "method": plan.method.spec.name,
@@ -174,6 +195,7 @@ def plan_summary(plan: Plan, rates: Rates | None) -> dict[str, Any]:
             "num_blocks": plan.tiling.num_blocks,
         },
         "threads": plan.tiling.threads,
+        "matrices": matrix_summary(plan, matrix_rates),
         "backends": {
             op: {"backend": backend, "passed_over": plan.ops.reasons[op]}
             for op, backend in plan.ops.backends.items()
@@ -186,9 +208,16 @@ def plan_summary(plan: Plan, rates: Rates | None) -> dict[str, Any]:
     }
 
 
-def print_plan(plan: Plan, rates: Rates | None, *, as_json: bool, tensors: bool) -> None:
+def print_plan(
+    plan: Plan,
+    rates: Rates | None,
+    matrix_rates: MatrixRates | None = None,
+    *,
+    as_json: bool,
+    tensors: bool,
+) -> None:
     """A plan for people, or as JSON."""
-    summary = plan_summary(plan, rates)
+    summary = plan_summary(plan, rates, matrix_rates)
     rows: list[dict[str, Any]] = [
         {
             "name": job.name,
@@ -199,6 +228,7 @@ def print_plan(plan: Plan, rates: Rates | None, *, as_json: bool, tensors: bool)
             "offset": job.offset,
             "bytes": job.num_bytes,
             "reads": plan.looks[job.name],
+            "matrix_bytes": job.cost.num_bytes,
             "parameters": {**job.parameters},
             "models": dict(zip(job.model_names, map(dict, job.model_parameters), strict=False)),
         }
@@ -223,10 +253,31 @@ def print_plan(plan: Plan, rates: Rates | None, *, as_json: bool, tensors: bool)
                 escape(str(row["shape"])),
                 row["format"],
                 f"{row['bytes']:,}",
-                str(row["reads"]),
+                f"{row['reads']:.3g}",
                 row["file"],
             )
         _out.print(listing)
+
+
+def _matrix_lines(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if found is None:
+        return []
+    kinds = {"float32": "products", "float64": "products", "eigen_float64": "eigenproblems"}
+    work = ", ".join(
+        f"{found[f'flops_{key}']:.2g} flops of {what} in {key.rpartition('_')[2]}"
+        for key, what in kinds.items()
+        if found[f"flops_{key}"]
+    )
+    seconds = found["seconds"]
+    time = "" if seconds is None else f"; about {seconds:.3g} s at the rates of this machine"
+    lines = [
+        (
+            "matrices",
+            f"{counted(found['tensors'], 'tensor')}, at most {format_size(found['largest_bytes'])} "
+            f"at once for one ({found['largest']})",
+        )
+    ]
+    return [*lines, ("", f"{work}{time}")] if work else lines
 
 
 def _plan_lines(plan: Plan, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -257,6 +308,7 @@ def _plan_lines(plan: Plan, summary: Mapping[str, Any]) -> list[tuple[str, str]]
             f"{memory['num_blocks']} blocks of {format_size(memory['block_bytes'])}",
         ),
         ("threads", str(plan.tiling.threads)),
+        *_matrix_lines(summary["matrices"]),
         *(("backend", f"{name} ({', '.join(ops)})") for name, ops in backends.items()),
         *(("", f"not {name}: {reason}") for name, reason in passed_over.items()),
         ("floor", _floor_text(summary)),

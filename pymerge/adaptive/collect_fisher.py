@@ -112,6 +112,8 @@ class FisherCollector(Collector):
                 )
                 num = self._add_examples(scores, given)
         self.examples += num
+        for name in self._parameters:
+            self._sum(name)
         self._calls.clear()
         self._lengths.clear()
         self._mask = None
@@ -171,9 +173,13 @@ class FisherCollector(Collector):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        for name, parameter in self._parameters.items():
-            self._before_needs[name] = parameter.requires_grad
-            parameter.requires_grad_(True)
+        try:
+            for name, parameter in self._parameters.items():
+                self._before_needs[name] = parameter.requires_grad
+                parameter.requires_grad_(True)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -220,7 +226,7 @@ class FisherCollector(Collector):
             output = output.clone() if output._is_view() else output
             bias = self._name_of.get(id(module._parameters.get("bias")))
             edge = get_gradient_edge(output)
-            self._calls.append(Call.of(linear, module, bias, x, edge))
+            self._calls.append(Call.of(linear, bias, x, edge))
             return output
 
         return module.register_forward_hook(after, with_kwargs=True)

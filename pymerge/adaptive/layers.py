@@ -90,7 +90,10 @@ def positional(function: Callable[..., Any], name: str) -> int | None:
     import inspect
 
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
     names = [parameter.name for parameter in parameters if parameter.kind in kinds]
     return names.index(name) if name in names else None
 

@@ -15,7 +15,6 @@ from pymerge.errors import PymergeError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from pymerge.adaptive.layers import LinearWeight
 
@@ -25,17 +24,14 @@ class Call:
     """One call of a linear layer: its input, and where the gradient of its output appears."""
 
     linear: LinearWeight
-    module: nn.Module
     bias: str | None
     x: torch.Tensor
     version: int
     edge: Any
 
     @classmethod
-    def of(
-        cls, linear: LinearWeight, module: nn.Module, bias: str | None, x: torch.Tensor, edge: Any
-    ) -> Call:
-        return cls(linear, module, bias, x.detach(), version_of(x), edge)
+    def of(cls, linear: LinearWeight, bias: str | None, x: torch.Tensor, edge: Any) -> Call:
+        return cls(linear, bias, x.detach(), version_of(x), edge)
 
     def rows(self, num: int, lengths: set[int], pooled: bool) -> torch.Tensor:
         """The input as float32 [examples, rows, inputs]."""

@@ -5,6 +5,9 @@ from pymerge.checkpoint.config import config_json, layer_count, output_config
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
 from pymerge.checkpoint.index import INDEX_NAME
 from pymerge.checkpoint.layout import (
+    STATISTICS_FILES,
+    STATISTICS_FOLDER,
+    STATISTICS_NAME,
     TASKS_FILE,
     TASKS_NAME,
     TASKS_STEM,
@@ -28,6 +31,9 @@ from pymerge.checkpoint.verify import VerifyReport, verify_folder
 __all__ = [
     "INDEX_NAME",
     "MANIFEST_NAME",
+    "STATISTICS_FILES",
+    "STATISTICS_FOLDER",
+    "STATISTICS_NAME",
     "TASKS_FILE",
     "TASKS_NAME",
     "TASKS_STEM",

@@ -24,6 +24,7 @@ TASKS_NAME = "tasks.json"
 #: A folder of measurements in that of a model, and what describes them; not part of the model.
 STATISTICS_FOLDER = "pymerge-statistics"
 STATISTICS_NAME = "statistics.json"
+STATISTICS_FILES = ("gram.safetensors", "fisher.safetensors")
 #: Data begins at a multiple of this, so that tensors of whole pages are page-aligned in the file.
 PAGE_BYTES = 4096
 METADATA = {"format": "pt"}

@@ -112,7 +112,7 @@ def read_statistics_index(folder: Path) -> dict[str, Any] | None:
     if index is not None and index.get("format") != STATISTICS_FORMAT:
         raise CheckpointError(
             f"{path}, format: expected {STATISTICS_FORMAT}, found {shown(index.get('format'))}; "
-            f"update pymerge or {COLLECT_AGAIN}"
+            f"update pymerge, or remove that folder and {COLLECT_AGAIN}"
         )
     return index
 

@@ -19,7 +19,6 @@ from pymerge.ops.executor import make_executor
 from pymerge.ops.view import View
 from pymerge.plan import Plan
 
-
 #: Jobs in progress at once: while one computes, the next is read.
 NUM_LANES = 3
 

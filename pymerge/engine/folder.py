@@ -16,6 +16,9 @@ from pymerge import _C
 from pymerge.checkpoint import (
     INDEX_NAME,
     MANIFEST_NAME,
+    STATISTICS_FILES,
+    STATISTICS_FOLDER,
+    STATISTICS_NAME,
     TASKS_FILE,
     FileRecord,
     ShardLayout,
@@ -160,7 +163,16 @@ class Folder:
             return
         for path in self._written_before():
             path.unlink()
+        self._remove_statistics()
         (self.path / MANIFEST_NAME).unlink(missing_ok=True)
+
+    def _remove_statistics(self) -> None:
+        """Remove what was collected of the model that is overwritten: it describes no other."""
+        place = self.path / STATISTICS_FOLDER
+        for name in (STATISTICS_NAME, *STATISTICS_FILES):
+            (place / name).unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or somebody put a file of theirs there
+            place.rmdir()
 
     def _written_before(self) -> list[Path]:
         """Files beside the weights that a previous merge wrote and nobody changed since."""

@@ -5,8 +5,9 @@ One JSON object a line:
 
 1. ``{"plan": hash, "boot": id}`` opens the journal; a resume needs an equal plan hash.
 2. ``{"tensor": name, "crc32c": hex, "nonfinite": n}`` follows once all bytes of a tensor were
-   handed to the system; with ``parts`` and ``values`` where a method puts more beside it. A killed
-   process loses nothing of that: the page cache survives it.
+   handed to the system; with ``parts`` and ``values`` where a method puts more beside it, and with
+   ``warnings`` where it had some. A killed process loses nothing of that: the page cache survives
+   it.
 3. ``{"durable": n}`` follows once the bytes of the first n tensors are on the device. After a power
    loss (another boot id) only those count.
 
@@ -37,12 +38,14 @@ UNKNOWN_BOOT = "unknown"
 @dataclass(frozen=True)
 class Record:
     """One finished tensor: checksum of its output bytes and its count of non-finite elements; the
-    checksums of its parts and what was measured while they were written."""
+    checksums of its parts and what was measured while they were written; what the method warned
+    of."""
 
     crc32c: int
     nonfinite: int
     parts: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Found(NamedTuple):
@@ -166,6 +169,8 @@ class Journal:
         if record.parts:
             entry["parts"] = [f"{part:08x}" for part in record.parts]
             entry["values"] = record.values  # as text a float64 keeps its value
+        if record.warnings:
+            entry["warnings"] = record.warnings
         self._append(entry)
         self.num_records += 1
 
@@ -206,6 +211,7 @@ def _record(entry: dict[str, Any]) -> Record:
         int(entry["nonfinite"]),
         tuple(int(part, 16) for part in entry.get("parts", ())),
         tuple(float(value) for value in entry.get("values", ())),
+        tuple(str(sentence) for sentence in entry.get("warnings", ())),
     )
 
 

@@ -84,7 +84,7 @@ class Matrices:
     def _make(self) -> list[Workspace]:
         """One workspace for the host, or one for each device."""
         devices = self._context.executor.devices
-        threads = self._context.plan.tiling.threads
+        threads = self._context.plan.tiling.matrix_threads
         if self._shared:
             self._all = [Workspace(threads, HOST, self._check)]
         else:
@@ -131,7 +131,7 @@ class Spill:
         try:
             with self._lock:
                 if self._file is None:
-                    self._file = tempfile.TemporaryFile(dir=self._folder)
+                    self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
             rest = memoryview(data.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
             while rest:
                 done = os.pwrite(self._file.fileno(), rest, offset)

@@ -72,7 +72,11 @@ def by_output(job: Job, views: Sequence[View]) -> Iterator[Any]:
 
 
 def record_of(
-    job: Job, tiles: Sequence[Written], values: Sequence[float], wholes: Mapping[str, int]
+    job: Job,
+    tiles: Sequence[Written],
+    values: Sequence[float],
+    wholes: Mapping[str, int],
+    warnings: Sequence[str] = (),
 ) -> Record:
     """The record of a tensor whose tiles are all written, in their order; ``wholes`` are the
     checksums of the parts that were written as a whole."""
@@ -90,4 +94,4 @@ def record_of(
         crcs.append(crc)
         first += num_rows
     nonfinite = sum(tile.nonfinite for tile in tiles)
-    return Record(crcs[0], nonfinite, tuple(crcs[1:]), tuple(values))
+    return Record(crcs[0], nonfinite, tuple(crcs[1:]), tuple(values), tuple(sorted(warnings)))

@@ -41,7 +41,9 @@ class MergeReport:
     that the storage alone needs by the rates remembered for this machine, over the time taken; it
     exceeds 1 where the storage was faster than when it was measured, and is None where it was not
     measured; ``peak_memory`` is the peak resident size of the process in bytes.
-    ``done_before`` says that the folder held this very output already, so that nothing was done.
+    ``warnings`` are sentences for the user: the plan's, then the method's about tensors, each with
+    the name before it. ``done_before`` says that the folder held this very output already, so that
+    nothing was done.
     """
 
     out: Path
@@ -106,6 +108,11 @@ def run_plan(
                 context.close()
             found = {name: r.nonfinite for name, r in sorted(output.records.items()) if r.nonfinite}
             _check_finite(found, nonfinite)
+            warnings = [
+                f"{name}: {sentence}"
+                for name, record in sorted(output.records.items())
+                for sentence in record.warnings
+            ]
             output.complete_resumed()
             files = {**side_files, **task_files(plan, output.records)}
             output.commit(files, make_manifest(plan, output.records, files))
@@ -119,7 +126,8 @@ def run_plan(
             output.close()
             if trace is not None:
                 events.write_trace(trace)
-    return _report(plan, out, events, output.resumed, found, sources.methods, floor_seconds)
+    report = _report(plan, out, events, output.resumed, found, sources.methods, floor_seconds)
+    return replace(report, warnings=(*report.warnings, *warnings))
 
 
 def _report(

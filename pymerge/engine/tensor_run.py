@@ -11,6 +11,7 @@ import queue
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class TensorRun:
         self._outputs: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         self._values: Callable[[Sequence[Any]], list[float]] | None = None
         self._wholes: Mapping[str, NDArray[np.generic]] = {}
+        self._warnings: list[str] = []
 
     def run(self) -> None:
         """Compute and write the job's tensor, then journal it."""
@@ -167,7 +169,8 @@ class TensorRun:
             if not job_converts(self.job):
                 return self._submit_all(self._copy_tile, 1)
         else:
-            apply = decide(self.context.plan.method, self.tensor, self.ask)
+            tensor = replace(self.tensor, warn=self._warnings.append)
+            apply = decide(self.context.plan.method, tensor, self.ask)
         self._values, self._wholes = apply.values, apply.wholes
         if self.resident:
             return gather(
@@ -263,7 +266,8 @@ class TensorRun:
             for part in self.job.parts
             if part.is_whole
         }
-        self.context.output.finish(self.job, record_of(self.job, tiles, values, wholes))
+        record = record_of(self.job, tiles, values, wholes, self._warnings)
+        self.context.output.finish(self.job, record)
         self.context.events.tensor_done()
 
     def _write_whole(self, part: Part, array: NDArray[np.generic]) -> int:

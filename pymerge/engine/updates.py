@@ -139,7 +139,7 @@ class Updates:
         scales in the left, one for each model; None where one is not the base with a low-rank
         update. The job is held."""
         base = job.base
-        if base is None or isinstance(base, AdapterTensor) and base.update is not None:
+        if base is None or (isinstance(base, AdapterTensor) and base.update is not None):
             return None
         found = []
         for entry in job.models:

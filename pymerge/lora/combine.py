@@ -327,7 +327,7 @@ class _Combination:
 
         a = torch.from_numpy(_read(each.a).reshape(each.rank, -1)).to(ws.device)
         b = torch.from_numpy(_read(each.b).reshape(-1, each.rank)).to(ws.device)
-        return rules.Low(a, b, self._factor(each))
+        return rules.Low(a, b, each.scale, self._weights[each.adapter])
 
     def largest(self) -> list[OutputTensor]:
         """The tensors of all modules in the largest shapes that they can have."""

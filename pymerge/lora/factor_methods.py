@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 
     from pymerge.ops.workspace import Workspace
 
-#: Of a core's singular values, those below this share of the largest are rounding errors.
+#: Singular values of a sum below this share of its largest term are rounding errors.
 CORE_CUT = 1e-13
 
 
 class Low(NamedTuple):
-    """One update's factors, and what their product is multiplied by."""
+    """One update's factors, what their product is multiplied by in its adapter, and its weight."""
 
     a: torch.Tensor
     b: torch.Tensor
-    factor: float
+    scale: float
+    weight: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        return self.scale * self.weight
 
 
 class Combined(NamedTuple):
@@ -62,7 +67,8 @@ def svd(updates: Sequence[Low], truncation: Truncation, ws: Workspace) -> Combin
     core = core_space([(each.b.double() * each.factor, each.a) for each in updates], ws)
     total: torch.Tensor = sum(core.cores[1:], start=core.cores[0])
     left, values, right = torch.linalg.svd(total)
-    values = values[: int((values > CORE_CUT * values[0]).sum())]
+    largest = max(float(each.norm()) for each in core.cores)
+    values = values[: int((values > CORE_CUT * largest).sum())]
     keep, energy = truncation.count(values, float(values.square().sum()))
     if not keep:
         return Combined(core.right.T[:1] * 0, core.left[:, :1] * 0, energy)
@@ -89,8 +95,8 @@ def by_product(
     ws: Workspace,
 ) -> Combined:
     """A rule for tensors on the products B A, and the truncated SVD of what it gives."""
-    products = [ws.matmul(each.b, each.a) for each in updates]
-    merged = rule(products, [each.factor for each in updates], density).float()
+    products = [ws.matmul(each.b, each.a) * each.scale for each in updates]
+    merged = rule(products, [each.weight for each in updates], density).float()
     most = min(truncation.rank or min(merged.shape), *merged.shape)
     left, values, right, tail = truncated_svd(merged, most, ws)
     keep, energy = truncation.count(values, float(values.square().sum()) + tail)

@@ -150,10 +150,11 @@ def refuse_unfit(name: str, parts: Parts) -> None:
 
 
 def _check_demands(model: Checkpoint, modules: Collection[str], choice: Choice) -> None:
+    known = {*modules, *(module.rpartition(".")[2] for module in modules)}
     for name in choice.save_modules:
-        if any(name in (module, module.rpartition(".")[2]) for module in modules):
+        if name in known:
             continue
-        match = nearest(name, modules)
+        match = nearest(name, known)
         hint = f"; the nearest is {match}" if match else ""
         raise PlanError(
             f"save_modules: expected modules of {model.reference} that hold tensors, found "

@@ -152,6 +152,7 @@ def merge_matrices(
     isometric: bool = False,
     adds_base: bool = True,
     scale: float | None = None,
+    alone: Callable[[Tensor], Apply] | None = None,
 ) -> Apply | Solving:
     """Merge a tensor by its matrices, or as one that is none.
 
@@ -159,11 +160,12 @@ def merge_matrices(
         may work in the core space of low-rank task vectors.
     :param adds_base: the method returns a task vector; else the merged weights themselves.
     :param scale: the factor on the merged task vector; default the parameter ``lambda``.
+    :param alone: merges a tensor that is no matrix; default by the parameter ``others``.
     """
     factor = float(tensor.parameters["lambda"]) if scale is None else scale
     blocks = blocks_of(tensor)
     if not blocks:
-        return merge_others(tensor, factor)
+        return merge_others(tensor, factor) if alone is None else alone(tensor)
     return _merge_blocks(tensor, blocks, solve, isometric, adds_base, factor)
 
 
@@ -190,7 +192,23 @@ def _merge_blocks(
     adds_base: bool,
     scale: float,
 ) -> Solving:
-    factors = (yield Factors()) if tensor.has_base else None
+    merged = yield from solve_blocks(tensor, blocks, solve, isometric, adds_base)
+    return put_on_base(tensor, merged, scale) if adds_base else put_alone(tensor, merged)
+
+
+def solve_blocks(
+    tensor: Tensor,
+    blocks: Sequence[Block],
+    solve: MatrixSolve,
+    isometric: bool = False,
+    factored: bool = True,
+) -> Asking:
+    """What ``solve`` makes of a tensor's matrices, as a float32 matrix in the tensor's own layout.
+
+    :param isometric: as of :func:`merge_matrices`.
+    :param factored: the task vectors of adapters may come from their factors.
+    """
+    factors = (yield Factors()) if tensor.has_base and factored else None
     merged: Any = None
     for block in blocks:
         matrix = yield from _matrix(tensor, block, factors, isometric)
@@ -200,19 +218,16 @@ def _merge_blocks(
         if block.transposed:
             result = result.T
         if len(blocks) == 1:
-            merged = result.contiguous()
-            break
+            return result.contiguous()
         if merged is None:
             merged = tensor.room.zeros(tensor.num_rows, tensor.columns)
         rows = slice(block.first_row, block.first_row + block.stored_rows)
         columns = slice(block.first_column, block.first_column + block.stored_columns)
         merged[rows, columns] = result
-    return put_on_base(tensor, merged, scale) if adds_base else put_alone(tensor, merged)
+    return merged
 
 
-def _matrix(
-    tensor: Tensor, block: Block, factors: Sequence[Any] | None, isometric: bool
-) -> Asking:
+def _matrix(tensor: Tensor, block: Block, factors: Sequence[Any] | None, isometric: bool) -> Asking:
     """The matrix of a block, in core space where that is smaller."""
     if factors is None:
         return Matrix(tensor, block)

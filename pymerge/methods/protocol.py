@@ -149,6 +149,10 @@ class Cost(NamedTuple):
     eigen64: float = 0.0
 
 
+#: Of a tensor that is no matrix.
+NO_COST = Cost()
+
+
 class Folded:
     """The running fold of a look: results are combined as they come, not collected, since a tile's
     histogram may be larger than the tile. Any number of threads may add at once."""
@@ -208,6 +212,10 @@ class Extra(NamedTuple):
     shape: Callable[[Tensor], tuple[int, ...] | None] | None = None
 
 
+def _unheard(sentence: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Tensor:
     """What a method knows of one output tensor.
@@ -218,7 +226,8 @@ class Tensor:
     method's model-wide measurement returned. ``transposed`` says that the tensor is stored as
     [inputs, outputs]. ``statistics`` are each model's numbers beside it (rows seen, the norm of the
     whole), for a method that reads statistics. ``workspace`` and ``store`` are there while the
-    tensor is merged, not while a plan is made.
+    tensor is merged, not while a plan is made; then ``warn`` takes sentences for the user about
+    what was found in the tensor, which any thread may give.
     """
 
     name: str
@@ -235,6 +244,7 @@ class Tensor:
     statistics: Sequence[float] = ()
     workspace: Workspace | None = None
     store: Store | None = None
+    warn: Callable[[str], None] = _unheard
 
     @property
     def room(self) -> Workspace:
@@ -284,7 +294,8 @@ class Method:
     ``granule`` is the number of elements that a tile holds a multiple of: a row's for methods that
     look at whole rows, else 1.
 
-    ``check(tensors)`` objects to parameters that do not go together over a model. A method with
+    ``check(tensors)`` objects to parameters that do not go together over a model, ``warnings``
+    tells what they bring about unasked, in sentences for the plan. A method with
     ``extras`` gives a model for each task: its output is the base with the extras beside it, and
     ``scales(tensors, values)`` makes of the numbers kept with each tensor a factor for each model.
     ``cost(tensor)`` is what a method of matrices takes for a tensor. ``reads`` names the statistics
@@ -304,6 +315,7 @@ class Method:
     scales: Scales | None = None
     cost: Callable[[Tensor], Cost] | None = None
     reads: Literal["gram", "fisher"] | None = None
+    warnings: Callable[[Sequence[Tensor]], list[str]] = field(default=lambda tensors: [])
 
 
 def decide(method: Method, tensor: Tensor, measure: Callable[[Any], Any]) -> Apply:

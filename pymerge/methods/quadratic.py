@@ -1,9 +1,9 @@
 """The quadratic that interference methods minimise, built from one task vector at a time.
 
-``L(θ) = Σᵢ wᵢ·‖(θ − tᵢ)·pᵢᵀ‖²`` with targets tᵢ and projectors pᵢ (both the task vector in WUDI, low
-rank parts of it in OptMerge) has the gradient ``2·(θC − D)``, where ``C = Σ wᵢ·pᵢᵀpᵢ`` [n, n] and
-``D = Σ wᵢ·tᵢpᵢᵀpᵢ`` [m, n]. However many tasks there are, a solver sees C, D and where it starts; so
-the matrices in memory are these three and the task vector that is being added.
+``L(θ) = Σᵢ wᵢ·‖(θ − tᵢ)·pᵢᵀ‖²`` with targets tᵢ and projectors pᵢ (the task vector itself in WUDI,
+low-rank parts of it in OptMerge) has the gradient ``2·(θC − D)``, where ``C = Σ wᵢ·pᵢᵀpᵢ`` [n, n]
+and ``D = Σ wᵢ·tᵢpᵢᵀpᵢ`` [m, n]. However many tasks there are, a solver sees C, D and where it
+starts; so the matrices in memory are these three and the task vector that is being added.
 
 The weight ``wᵢ = 1/‖τᵢ‖²`` makes C free of scale; a task vector of zeros gets the weight 0.
 """
@@ -13,6 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pymerge.methods.matrices import FLOAT
 from pymerge.methods.protocol import Cost
@@ -79,14 +82,20 @@ class Quadratic:
         if wide:
             self.ws.map(rows, self._strips(m))
 
+    def begin(self, tau: torch.Tensor, weight: float) -> None:
+        """Add ``weight·tau`` to the start."""
+        self.ws.map(
+            lambda part: self.start[part].add_(tau[part], alpha=weight),
+            self.ws.panels(tau.shape[0]),
+        )
+
     def add_factors(
-        self, weight: float, image: torch.Tensor, values: torch.Tensor, right: torch.Tensor
+        self, norm: float, image: torch.Tensor, values: torch.Tensor, right: torch.Tensor
     ) -> None:
-        """One more task whose projector is ``diag(values [k])·right [k, n]`` up to an isometry and
-        whose target t gives ``image = t·rightᵀ`` [m, k]."""
-        squares = values.square() * weight
+        """One more task of that norm whose projector is ``diag(values [k])·right [k, n]`` up to an
+        isometry and whose target t gives ``image = t·rightᵀ`` [m, k]."""
         kind = self.c.dtype
-        scaled = (right * squares[:, None]).to(kind)
+        scaled = (right * (values / norm).square()[:, None]).to(kind)
         left, image = right.t().to(kind), image.to(kind)
         self.ws.map(lambda p: self.c[p].addmm_(left[p], scaled), self._strips(len(self.c)))
         self.ws.map(lambda p: self.d[p].addmm_(image[p], scaled), self._strips(len(self.d)))
@@ -114,6 +123,22 @@ class Quadratic:
         self._to_residual()
         result = chebyshev_filter(self.c, self.d, self.ws, time=time)
         return self._from_start(result)
+
+    def momentum(self, steps: int, lr: float, momentum: float) -> torch.Tensor:
+        """The iterate after ``steps`` steps of gradient descent with heavy-ball momentum. Each step
+        is linear in θ, so all of them together are one polynomial of C."""
+        from pymerge.ops.matrix import polynomial_filter
+
+        def phi(values: NDArray[np.float64]) -> NDArray[np.float64]:
+            moved, velocity = np.zeros_like(values), np.zeros_like(values)
+            with np.errstate(over="ignore", invalid="ignore"):
+                for _ in range(steps):
+                    velocity = momentum * velocity + 2 * (1 - values * moved)
+                    moved += lr * velocity
+            return moved
+
+        self._to_residual()
+        return self._from_start(polynomial_filter(self.c, self.d, self.ws, phi))
 
     def spectral(
         self, phi: Callable[[torch.Tensor], torch.Tensor], most: int | None = None

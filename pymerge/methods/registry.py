@@ -68,6 +68,7 @@ def method(
     scales: Scales | None = None,
     cost: Callable[[Tensor], Cost] | None = None,
     reads: Literal["gram", "fisher"] | None = None,
+    warnings: Callable[[Sequence[Tensor]], list[str]] = lambda tensors: [],
 ) -> Callable[[Merge], Merge]:
     """Register the decorated function as the ``merge`` of ``spec.name``."""
 
@@ -91,6 +92,7 @@ def method(
             scales,
             cost,
             reads,
+            warnings,
         )
         return merge
 

@@ -3,8 +3,8 @@
 
 A task vector's rows span what its layer's inputs look like, so a merged task vector θ disturbs task
 i by its product with τᵢᵀ: ``L(θ) = Σᵢ ‖(θ − τᵢ)·τᵢᵀ‖² / ‖τᵢ‖²``. It starts from ``Στᵢ``, and the
-result is ``θ₀ + λ·θ``. L is quadratic, ``∇L = 2·(θC − D)`` (see quadratic.py); every solver works on
-C and D, whose size does not depend on the number of models, and reads each model once.
+result is ``θ₀ + λ·θ``. L is quadratic, ``∇L = 2·(θC − D)`` (see quadratic.py); every solver works
+on C and D, whose size does not depend on the number of models, and each model is read once.
 
 - ``solver: adam`` (default) makes the authors' iterates: Adam, ``steps`` of them at ``lr``.
   That early stop is their regulariser: the minimiser is another point, and merged models made of it
@@ -26,7 +26,7 @@ element by element and takes the products of their factors.
 
 Presets: ``official_vit`` merges only attention projections and MLP matrices and leaves all else at
 the base, as the authors' code for CLIP; ``official_llm`` has the learning rate of their code for
-RoBERTa; ``fusionbench`` takes every matrix, embeddings too, for 400 steps, and the mean of the rest.
+RoBERTa; ``fusionbench`` takes every matrix, embeddings too, for 400 steps.
 
 Departures from the official code: a task vector of zeros has no part in the tensor (there 0/0), and
 embeddings and output heads are no matrices unless ``exclude`` says so.
@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Mapping[str, ParameterValue]] = {
     "pymerge": {},
     "official_vit": {"layers": VIT_LAYERS, "others": "base"},
     "official_llm": {"lr": 2e-5},
-    "fusionbench": {"steps": 400, "exclude": "", "others": "mean"},
+    "fusionbench": {"steps": 400, "exclude": ""},
 }
 
 STEPS = ParameterSpec("steps", "int", "shared", 300, "Steps of the descent.", minimum=0)
@@ -152,9 +152,7 @@ def _cost(tensor: Tensor) -> Cost:
             return iterative_cost(rows, columns, num_models, products)
         if how == "flow":
             return iterative_cost(rows, columns, num_models, FLOW_PRODUCTS)
-        return direct_cost(
-            rows, columns, num_models, double=how != "keep", eigen=how != "ridge"
-        )
+        return direct_cost(rows, columns, num_models, double=how != "keep", eigen=how != "ridge")
 
     return matrix_cost(tensor, of_matrix)
 

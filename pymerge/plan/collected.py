@@ -58,6 +58,7 @@ def with_statistics(job: Job, line: Line, statistics: Mapping[ModelRef, Statisti
         return job
     by_model = {str(i.source.model): i for i in line.inputs}
     entries, numbers, missing = [], [], []
+    transposed = job.transposed
     for model in job.model_names:
         found = statistics[by_model[model].source.model]
         name = by_model[model].name
@@ -66,6 +67,7 @@ def with_statistics(job: Job, line: Line, statistics: Mapping[ModelRef, Statisti
             missing.append(model)
             continue
         entries.append(entry)
+        transposed = transposed or (found.kind == "gram" and found.grams[name].transposed)
         numbers.append(found.norm if found.kind == "fisher" else float(found.grams[name].rows_seen))
     if not entries:
         return job
@@ -74,4 +76,9 @@ def with_statistics(job: Job, line: Line, statistics: Mapping[ModelRef, Statisti
             f"tensor {job.name!r}: statistics were collected for some models and not for "
             f"{', '.join(missing)}; collect them for the same layers of every model"
         )
-    return replace(job, statistics=tuple(entries), statistic_numbers=tuple(numbers))
+    return replace(
+        job,
+        statistics=tuple(entries),
+        statistic_numbers=tuple(numbers),
+        transposed=transposed,
+    )

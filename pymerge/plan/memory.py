@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from pymerge.errors import PlanError
 from pymerge.methods.protocol import SPAN
 from pymerge.ops import device
+from pymerge.ops.workspace import PANEL
 from pymerge.plan.model import TORCH_BYTES, Job, Tiling
 from pymerge.sizes import format_size
 
@@ -23,6 +24,9 @@ SMALLEST_ARENA = 32 << 20
 #: What a look may need for each thread and model: a histogram, and scores of a piece of a tile.
 #: The budget lends them no more than a share of itself: most methods keep no tables.
 TABLE_BYTES, TABLE_SHARE = 1 << 20, 4
+#: What a thread holds of the panels that it works on, for each row or column of a matrix: four of
+#: float64.
+PANEL_BYTES = 4 * 8 * PANEL
 #: Jobs whose adapters are in memory at once, where their matrices take no more than this share.
 LANES = 3
 UPDATE_SHARE = 4
@@ -48,7 +52,7 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
         )
     tables = threads * TABLE_BYTES * max((len(job.models) for job in jobs), default=0)
     overhead = OVERHEAD_BYTES + max(memory // SELECTION_SHARE, min(tables, memory // TABLE_SHARE))
-    matrices = _matrix_bytes(jobs, memory, overhead)
+    matrices, matrix_threads = _matrix_bytes(jobs, memory, overhead, threads)
     overhead += matrices + (TORCH_BYTES if matrices else 0)
     updates = _update_bytes(jobs, memory, overhead)
     scratch = threads * max(map(_row_scratch, jobs), default=0)
@@ -71,30 +75,43 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
             f"{max(len(job.sources) for job in jobs)} tensors at once; give at "
             f"least {(needed >> 20) + 1} MiB"
         )
-    return Tiling(memory, overhead, block, arena // block, threads, readers, updates, matrices)
+    return Tiling(
+        memory,
+        overhead,
+        block,
+        arena // block,
+        threads,
+        readers,
+        updates,
+        matrices,
+        matrix_threads,
+    )
 
 
-def _matrix_bytes(jobs: Sequence[Job], memory: int, overhead: int) -> int:
+def _matrix_bytes(jobs: Sequence[Job], memory: int, overhead: int, threads: int) -> tuple[int, int]:
     """What the matrices of the jobs in progress may take: those of any one job, and of a second
-    beside it where that leaves half of the memory.
+    beside it where that leaves half of the memory; and how many threads have room for the panels
+    that they work on.
 
     :raises PlanError: the budget cannot hold the matrices of one job.
     """
     sizes = sorted((job.cost.num_bytes for job in jobs), reverse=True)
     if not sizes or not sizes[0]:
-        return 0
+        return 0, threads
+    panels = max(PANEL_BYTES * max(job.shape) for job in jobs if job.cost.num_bytes)
     room = memory - overhead - TORCH_BYTES - SMALLEST_ARENA
-    if sizes[0] > room:
+    if sizes[0] + panels > room:
         job = max(jobs, key=lambda job: job.cost.num_bytes)
-        rest = OVERHEAD_BYTES + TORCH_BYTES + SMALLEST_ARENA
+        rest = OVERHEAD_BYTES + TORCH_BYTES + SMALLEST_ARENA + panels
         needed = (rest + sizes[0]) * SELECTION_SHARE // (SELECTION_SHARE - 1)
         raise PlanError(
             f"a memory of {format_size(memory)} is too little: the matrices of tensor "
             f"{job.name!r} {list(job.shape)} take {format_size(sizes[0])} beside the "
             f"{format_size(rest)} of the program; give at least {(needed >> 20) + 1} MiB"
         )
-    both = sum(sizes[:2])
-    return both if both <= room // 2 else sizes[0]
+    workers = min(threads, (room - sizes[0]) // panels)
+    both = sum(sizes[:2]) + workers * panels
+    return both if both <= room // 2 else sizes[0] + workers * panels, workers
 
 
 def check_devices(jobs: Sequence[Job], backends: Collection[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pymerge.checkpoint import AdapterTensor, Checkpoint, Header, ShardLayout, TensorEntry
 from pymerge.formats import F32, Format
-from pymerge.methods.protocol import SPAN, Cost, Method, Store, Tensor
+from pymerge.methods.protocol import NO_COST, SPAN, Cost, Method, Store, Tensor
 from pymerge.methods.spec import ParameterValue
 from pymerge.ops.opset import OpSet
 from pymerge.ops.workspace import Workspace
@@ -102,7 +102,7 @@ class Job:
     model_numbers: tuple[int, ...] = ()
     granule: int = 1
     parts: tuple[Part, ...] = ()
-    cost: Cost = Cost()
+    cost: Cost = NO_COST
     transposed: bool = False
     statistics: tuple[TensorEntry, ...] = ()
     statistic_numbers: tuple[float, ...] = ()
@@ -227,6 +227,8 @@ class Tiling:
     update_bytes: int = 0
     #: Bytes for the matrices that methods compute with, part of the overhead.
     matrix_bytes: int = 0
+    #: Threads that have room for the panels of matrices.
+    matrix_threads: int = 1
 
     @property
     def arena_bytes(self) -> int:

@@ -84,7 +84,7 @@ def make_plan(
         )
     check_devices(jobs, set(ops.backends.values()))
     model_wide = any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs)
-    _rehearse(method, jobs, ops, model_wide)
+    warnings += _rehearse(method, jobs, ops, model_wide)
     warnings += _file_warnings(checkpoints[recipe.donor])
     _check_tokenizer(recipe, checkpoints)
     return Plan(
@@ -136,9 +136,10 @@ def _check_tokenizer(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint])
         )
 
 
-def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: bool) -> None:
+def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: bool) -> list[str]:
     """Let the method decide what it can without data, so that its objections come before the run.
 
+    :returns: its warnings.
     :raises RecipeError: the parameters of a tensor do not work together.
     """
     tensors = [job.tensor(ops) for job in jobs if job.kind == "merge"]
@@ -147,6 +148,7 @@ def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: boo
     method.check(tensors)
     if model_wide and method.measure_model is not None:
         next(method.measure_model(tensors), None)
+    return method.warnings(tensors)
 
 
 def _draft(

@@ -290,6 +290,24 @@ def test_only_some_parameters(model, ids):
     check(some, {name: expected[name] for name in some._sums})
 
 
+def test_what_has_no_part_in_the_answer_has_zeros():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare, self.idle = (nn.Linear(4, 3) for _ in range(3))
+
+        def forward(self, x):
+            self.spare(x)
+            return self.used(x)
+
+    model = Unused()
+    with pymerge.collect(model, "fisher") as collector:
+        collector.backward(model(torch.randn(3, 4)))
+    for name, parameter in model.named_parameters():
+        assert collector.fisher(name).shape == parameter.shape
+        assert bool(collector.fisher(name).any()) is name.startswith("used")
+
+
 def test_what_cannot_be_is_said(model, ids):
     collector = pymerge.collect(model, "fisher")
     with pytest.raises(PymergeError, match="within the with block"):

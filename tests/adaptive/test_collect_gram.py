@@ -60,6 +60,12 @@ def test_many_columns_and_rows_cross_panels_and_chunks(monkeypatch):
     assert torch.equal(gram, gram.T)
 
 
+def test_half_of_the_matrix_is_kept():
+    size = 8 * triangle.PANEL
+    kept = sum(panel.numel() for panel in triangle.Triangle(size, torch.device("cpu"))._panels)
+    assert kept == size * (size + triangle.PANEL) / 2
+
+
 def test_products_do_not_lose_what_16_bits_would(monkeypatch):
     """Under autocast and the lowest matmul precision; bfloat16 products would be off by 1e-3."""
     layer = nn.Sequential(nn.Linear(8, 8)).bfloat16()

@@ -197,7 +197,7 @@ def test_matrices_are_computed_on_the_devices(
     assert set(used) == {each.torch_name for each in devices}
     devices[0].__class__.total_memory = 1 << 10
     try:
-        with pytest.raises(PlanError, match="the matrices of tensor .* has 1 KiB; give --backend"):
+        with pytest.raises(PlanError, match=r"the matrices of tensor .* has 1 KiB; give --backend"):
             api.plan(dict(recipe))
     finally:
         devices[0].__class__.total_memory = 1 << 40

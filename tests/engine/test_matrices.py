@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from pymerge.methods.matrices import (
     merge_matrices,
     others,
     put_on_base,
-    reads_of,
 )
 from pymerge.methods.parameters import LAMBDA, by_name
 from pymerge.methods.protocol import Cost, EachTensor, Solve, Tensor
@@ -71,7 +70,7 @@ def _measure(tensors: Any) -> Generator[Any, Any, float]:
 
 
 @pytest.fixture
-def kept_total(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def kept_total(monkeypatch: pytest.MonkeyPatch) -> str:
     """A method that keeps the matrices of a look at the whole model."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
@@ -89,7 +88,7 @@ def kept_total(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         kept = torch.from_numpy(tensor.store.get(tensor.name))
         return put_on_base(tensor, kept, 1 / tensor.state)
 
-    yield SPEC.name
+    return SPEC.name
 
 
 def recipe(models: Any, method: str, **parameters: Any) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def test_what_a_look_at_the_model_kept(
     for name, found in values(tmp_path / "out").items():
         expected = base[name] + totals.get(name, 0.0) / norm
         assert np.abs(found - expected).max() < 1e-7, name
-    assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")} == set()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 def test_resume(small: Any, tmp_path: Path, digests: Any, stop_after: Any) -> None:

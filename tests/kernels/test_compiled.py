@@ -204,8 +204,11 @@ def test_kernels_compile_without_spills_or_contraction(name: str, capability: in
         # A division by Newton's method is 5 fused operations in place, and 12 where its operands
         # are out of the way.
         divisions = code.count(r"div\.rn\.f32")
+        # A root is at most 3.
+        roots = code.count(r"sqrt\.rn\.f32")
         fused = len(re.findall(r"\bFFMA\b", code.sass))
-        assert fused <= 5 * divisions + 12 * (divisions > 0), f"{what}, {fused} FFMA"
+        allowed = 5 * divisions + 12 * (divisions > 0) + 3 * roots
+        assert fused <= allowed, f"{what}, {fused} FFMA"
 
 
 @pytest.mark.parametrize(("name", "capability"), both(["axpy_n", "disjoint_merge"]))

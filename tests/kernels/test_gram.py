@@ -74,6 +74,26 @@ def test_without_a_gpu_it_says_why_and_refuses_host_memory() -> None:
     assert not total.any()
 
 
+@pytest.mark.slow
+def test_the_op_of_matrices_takes_the_kernel_that_it_is_asked_for() -> None:
+    """The GPU check of the op, on the CPU: each backend against float64, and marked as such."""
+    program = Path(__file__).parents[2] / "bench/matrix_gpu.py"
+    cases = "gram_acc torch,gram_acc triton"
+    done = subprocess.run(
+        [sys.executable, str(program), "--emulate", "--cases", cases],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("PYMERGE_", "TRITON_"))},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {record["case"] for record in records} == {"gemm", *cases.split(",")}
+    for record in records:
+        assert record["ok"]
+        assert record["emulated"]
+        assert not {"seconds", "gflops", "gflops_of", "share_of_gemm"} & set(record)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Compiles anew, and leaves nothing in the cache of the user."""

@@ -4,7 +4,7 @@ no torch."""
 from __future__ import annotations
 
 from pymerge.ops.matrix.adam import adam_quadratic
-from pymerge.ops.matrix.chebyshev import chebyshev_filter
+from pymerge.ops.matrix.chebyshev import chebyshev_filter, polynomial_filter
 from pymerge.ops.matrix.gram import gram, gram_acc
 from pymerge.ops.matrix.polar import Polar, inverse_sqrt, polar
 from pymerge.ops.matrix.solve import Solution, solve_spd
@@ -25,6 +25,7 @@ __all__ = [
     "gram_eigh",
     "inverse_sqrt",
     "polar",
+    "polynomial_filter",
     "solve_spd",
     "svt",
     "truncated_svd",

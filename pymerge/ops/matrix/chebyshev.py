@@ -14,6 +14,7 @@ With theta = theta_s + (D - theta_s C) phi(C) it is the flow of the objective of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,24 +46,68 @@ def chebyshev_filter(
     :raises PymergeError: shapes, types or the time do not fit, or time * lambda_max needs a degree
         above LARGEST_DEGREE.
     """
-    import torch
-
     op = "chebyshev_filter"
     n = operands.square(op, "c", c)
-    rows = operands.matrix(op, "theta", theta)[0]
-    operands.shaped(op, "theta", theta, rows, n)
+    operands.shaped(op, "theta", theta, operands.matrix(op, "theta", theta)[0], n)
     operands.alike(op, c=c, theta=theta)
     time = operands.at_least_zero(op, "time", time)
+    return _filtered(c, theta, ws, lambda bound, eps: expansion(time, bound, eps))
+
+
+def polynomial_filter(
+    c: torch.Tensor,
+    theta: torch.Tensor,
+    ws: Workspace,
+    phi: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+) -> torch.Tensor:
+    """theta phi(C) for a smooth function of the eigenvalues.
+
+    :param c: [n, n], symmetric positive semi-definite up to rounding, float32 or float64.
+    :param theta: [m, n] of the same type.
+    :param phi: its values at points from 0 to a bound of the largest eigenvalue.
+    :returns: [m, n]; NaN where C is not finite.
+    :raises PymergeError: shapes or types do not fit, or phi has values that are not finite or needs
+        a degree above LARGEST_DEGREE.
+    """
+    op = "polynomial_filter"
+    n = operands.square(op, "c", c)
+    operands.shaped(op, "theta", theta, operands.matrix(op, "theta", theta)[0], n)
+    operands.alike(op, c=c, theta=theta)
+
+    def weights(bound: float, eps: float) -> NDArray[np.float64]:
+        largest = float(np.abs(phi(bound * np.linspace(0, 1, 65))).max())
+        found = None
+        if math.isfinite(largest):
+            found = coefficients(lambda x: phi(bound * x), largest * max(TAIL, eps / 16))
+        if found is None:
+            raise PymergeError(
+                f"{op}: expected a function that a polynomial of degree {LARGEST_DEGREE} follows "
+                f"on [0, {bound:.3g}], found one up to {largest:.3g} that none does; choose a "
+                "smoother one"
+            )
+        return found
+
+    return _filtered(c, theta, ws, weights)
+
+
+def _filtered(
+    c: torch.Tensor,
+    theta: torch.Tensor,
+    ws: Workspace,
+    weights_for: Callable[[float, float], NDArray[np.float64]],
+) -> torch.Tensor:
+    import torch
+
     bound = largest_eigenvalue(c, ws)
     out = torch.empty_like(theta)
     if not math.isfinite(bound):
         return out.fill_(math.nan)
-    weights = expansion(time, bound, torch.finfo(theta.dtype).eps)
+    weights = weights_for(bound, torch.finfo(theta.dtype).eps)
 
     def tile(part: slice) -> None:
         _evaluate(weights, bound, c, theta[part], out[part], ws)
 
-    ws.map(tile, ws.panels(rows))
+    ws.map(tile, ws.panels(theta.shape[0]))
     return out
 
 
@@ -91,12 +136,26 @@ def expansion(time: float, bound: float, epsilon: float) -> NDArray[np.float64]:
     loses."""
     span = time * bound
     tail = max(TAIL * float(_phi(np.array(span))), epsilon / 16, 1e-14)
-    num = 16
     # The degree grows as the root of the span, so one of LARGEST_DEGREE ** 2 is hopeless.
-    while span < LARGEST_DEGREE**2 and num <= 4 * LARGEST_DEGREE:
+    found = coefficients(lambda x: _phi(span * x), tail) if span < LARGEST_DEGREE**2 else None
+    if found is None:
+        raise PymergeError(
+            f"chebyshev_filter: time * lambda_max is up to {span:.3g}, which takes a degree above "
+            f"{LARGEST_DEGREE}; use a shorter time or the closed form"
+        )
+    return time * found
+
+
+def coefficients(
+    phi: Callable[[NDArray[np.float64]], NDArray[np.float64]], tail: float
+) -> NDArray[np.float64] | None:
+    """Coefficients of phi in the Chebyshev polynomials of [0, 1], cut where the rest sums to no
+    more than ``tail``; None where that takes a degree above LARGEST_DEGREE."""
+    num = 16
+    while num <= 4 * LARGEST_DEGREE:
         angles = np.pi * np.arange(num + 1) / num
         # The point (1 + cos) / 2 of the interval, without the cancellation near its start.
-        samples = _phi(span * np.cos(angles / 2) ** 2)
+        samples = phi(np.cos(angles / 2) ** 2)
         mirrored = np.concatenate([samples, samples[-2:0:-1]])
         weights = np.fft.rfft(mirrored).real / num
         weights[0] /= 2
@@ -105,12 +164,9 @@ def expansion(time: float, bound: float, epsilon: float) -> NDArray[np.float64]:
         small = np.flatnonzero(rest <= tail)
         # Coefficients near the last one sampled carry those beyond it.
         if small.size and small[0] <= min(num // 2, LARGEST_DEGREE):
-            return time * weights[: max(int(small[0]), 1)]
+            return weights[: max(int(small[0]), 1)]
         num *= 2
-    raise PymergeError(
-        f"chebyshev_filter: time * lambda_max is up to {span:.3g}, which takes a degree above "
-        f"{LARGEST_DEGREE}; use a shorter time or the closed form"
-    )
+    return None
 
 
 def _phi(y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,9 +20,7 @@ Dtype = Literal["float64", "float32"]
 CHUNK = 1024
 
 
-def gram(
-    x: torch.Tensor, ws: Workspace, *, side: Side, dtype: Dtype = "float64"
-) -> torch.Tensor:
+def gram(x: torch.Tensor, ws: Workspace, *, side: Side, dtype: Dtype = "float64") -> torch.Tensor:
     """``xᵀ x`` (side="columns") or ``x xᵀ`` (side="rows"), symmetric to the bit.
 
     :param x: float32 [m, n].
@@ -100,7 +98,7 @@ def _add(
 
     num, size = tall.shape
     dtype = torch.float32 if single else torch.float64
-    strips = ws.panels(size, 128 if ws.on_host and size <= 1024 else None)
+    strips = ws.panels(size, 128 if ws.on_host and not single and size <= 1024 else None)
 
     def convert(part: slice) -> None:
         piece = tall[rows, part]

@@ -28,10 +28,3 @@ def product(
 
     ws.map(panel, ws.panels(x.shape[0]))
     return target
-
-
-def transposed_product(
-    x: torch.Tensor, left: torch.Tensor, ws: Workspace
-) -> torch.Tensor:
-    """``xᵀ @ left`` computed and summed in left's dtype, by panels of x's columns."""
-    return product(x.t(), left, ws)

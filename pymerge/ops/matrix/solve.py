@@ -107,7 +107,8 @@ def _substitute(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     import torch
 
     half = torch.linalg.solve_triangular(factor, right, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    whole: torch.Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return whole
 
 
 def _defect(

@@ -152,9 +152,7 @@ def _sketched_vectors(
     return product(basis, gram_eigh(within, ws).vectors[:, :rank].contiguous(), ws)
 
 
-def svt(
-    x: torch.Tensor, threshold: float, ws: Workspace, dtype: Dtype = "float64"
-) -> torch.Tensor:
+def svt(x: torch.Tensor, threshold: float, ws: Workspace, dtype: Dtype = "float64") -> torch.Tensor:
     """``x`` with its singular values lowered by ``threshold``, and dropped where that is below 0:
     the proximal map of ``threshold`` times the nuclear norm (Cai, Candès and Shen,
     arXiv 0810.3286). Directions that are dropped are not formed.

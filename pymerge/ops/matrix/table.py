@@ -89,6 +89,13 @@ _OPS = (
         "what the expansion leaves out changes phi by at most 1e-7 of its largest value, time",
     ),
     MatrixOp(
+        "polynomial_filter",
+        "polynomial_filter(c, theta, ws, phi) -> like theta",
+        "theta phi(c) for a smooth function of the eigenvalues, by a Chebyshev expansion up to the "
+        "same bound.",
+        "what the expansion leaves out changes phi by at most 1e-7 of its largest value",
+    ),
+    MatrixOp(
         "adam_quadratic",
         "adam_quadratic(theta, c, d, ws, *, steps, lr, betas=(0.9, 0.999), eps=1e-8) -> like theta",
         "theta after steps of Adam with the gradient 2 (theta c - d).",

@@ -1,4 +1,4 @@
-"""What a method's matrices hold at once, counted storage by storage, beside what its cost states."""
+"""What a method's matrices hold at once, counted by storages, beside what its cost states."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pymerge.methods import get_method
 from pymerge.methods.protocol import Tensor
 from pymerge.ops.opset import choose_ops
 from pymerge.ops.workspace import Workspace
+from pymerge.plan.memory import PANEL_BYTES
 
 
 class Tally:
@@ -92,7 +93,8 @@ def watched() -> Iterator[Tally]:
 def stated_and_measured(
     method: str, shape: tuple[int, ...], num_models: int, *, threads: int = 2, **parameters: Any
 ) -> tuple[int, int]:
-    """(bytes that the cost states, bytes that were alive at once) of one dense merge in memory."""
+    """(bytes that the plan reserves, the cost and the panels of the threads; bytes that were alive
+    at once) of one dense merge in memory."""
     torch.manual_seed(0)
     base = 0.02 * torch.randn(shape)
     models = [base + 1e-3 * torch.randn(shape) for _ in range(num_models)]
@@ -114,4 +116,4 @@ def stated_and_measured(
     assert entry.cost is not None
     with watched() as tally:
         pymerge.merge_tensor(method, base, models, threads=threads, **parameters)
-    return entry.cost(tensor).num_bytes, tally.peak
+    return entry.cost(tensor).num_bytes + threads * PANEL_BYTES * max(shape), tally.peak

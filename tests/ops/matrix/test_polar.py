@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from spectra import conditioned, duplicated, gaussian, integers, with_values
@@ -49,6 +51,16 @@ def run(x, threads=2, **options):
         return polar(torch.from_numpy(np.ascontiguousarray(x)), ws, **options)
 
 
+@functools.cache
+def factored(name, route="auto"):
+    return run(EVERY[name], route=route)
+
+
+@functools.cache
+def truth(name):
+    return reference.polar(EVERY[name])
+
+
 def error(found, exact):
     return np.linalg.norm(found.factor.double().numpy() - exact) / np.linalg.norm(exact)
 
@@ -56,11 +68,10 @@ def error(found, exact):
 @pytest.mark.parametrize("route", FAITHFUL)
 @pytest.mark.parametrize("name", EVERY)
 def test_the_factor_is_that_of_the_svd(name, route):
-    x = EVERY[name]
-    exact, rank, nuclear = reference.polar(x)
-    found = run(x, route=route)
+    exact, rank, nuclear = truth(name)
+    found = factored(name, route)
     assert found.factor.dtype == torch.float32
-    assert found.factor.shape == x.shape
+    assert found.factor.shape == exact.shape
     assert error(found, exact) <= 1e-5
     assert found.rank == rank
     assert found.nuclear == pytest.approx(nuclear, rel=1e-6)
@@ -69,10 +80,9 @@ def test_the_factor_is_that_of_the_svd(name, route):
 @pytest.mark.parametrize("name", FULL_RANK)
 def test_products_alone_come_near_it(name):
     """float32 iterations lose what the condition number magnifies."""
-    x = FULL_RANK[name]
-    exact, rank, nuclear = reference.polar(x)
-    found = run(x, route="iterate")
-    values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    exact, rank, nuclear = truth(name)
+    found = factored(name, "iterate")
+    values = np.linalg.svd(EVERY[name].astype(np.float64), compute_uv=False)
     assert error(found, exact) <= max(2e-5, 3e-8 * values[0] / values[-1])
     assert found.rank == rank
     assert found.nuclear == pytest.approx(nuclear, rel=1e-6)
@@ -80,9 +90,8 @@ def test_products_alone_come_near_it(name):
 
 @pytest.mark.parametrize("name", DEFICIENT)
 def test_products_alone_give_way_to_the_gram_route(name):
-    x = DEFICIENT[name]
-    exact, rank, _ = reference.polar(x)
-    found = run(x, route="iterate")
+    exact, rank, _ = truth(name)
+    found = factored(name, "iterate")
     assert found.rank == rank
     assert error(found, exact) <= 1e-5
 
@@ -99,7 +108,7 @@ def test_beyond_1e4_it_is_as_good_as_a_float32_svd(condition, route):
 @pytest.mark.parametrize("name", EVERY)
 def test_rows_or_columns_are_orthonormal(name, route):
     """P Pᵀ P = P, and the rank is the squared norm."""
-    found = run(EVERY[name], route=route)
+    found = factored(name, route)
     p = found.factor.double()
     assert float((p @ p.t() @ p - p).norm() / p.norm()) <= 2e-6
     assert float(p.square().sum()) == pytest.approx(found.rank, rel=1e-5)
@@ -109,7 +118,7 @@ def test_rows_or_columns_are_orthonormal(name, route):
 @pytest.mark.parametrize("name", EVERY)
 def test_the_other_factor_is_positive_semidefinite(name):
     x = EVERY[name].astype(np.float64)
-    hermitian = run(EVERY[name]).factor.double().numpy().T @ x
+    hermitian = factored(name).factor.double().numpy().T @ x
     norm = np.linalg.norm(x)
     assert np.linalg.norm(hermitian - hermitian.T) <= 4e-6 * norm
     assert np.linalg.eigvalsh((hermitian + hermitian.T) / 2)[0] >= -4e-6 * norm

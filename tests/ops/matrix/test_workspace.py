@@ -49,10 +49,10 @@ OPS = {
     "polar-iterate": lambda x, ws: polar(x, ws, route="iterate"),
 }
 INPUTS = {
-    "square": gaussian(600, 600),
-    "tall": gaussian(1300, 300),
-    "wide": conditioned(290, 700, 1e4),
-    "deficient": integers(400, 390, 30),
+    "square": gaussian(530, 530),
+    "tall": gaussian(1100, 280),
+    "wide": conditioned(270, 540, 1e4),
+    "deficient": integers(300, 290, 30),
 }
 
 

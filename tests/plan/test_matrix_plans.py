@@ -1,0 +1,116 @@
+"""What a plan says of the matrices: their memory, their work, and the time that both tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pymerge import api
+from pymerge.cli import app
+from pymerge.engine import matrix_rates
+from pymerge.engine.matrix_rates import MatrixRates, matrix_rates_of, matrix_seconds
+from pymerge.methods import METHODS
+from pymerge.methods.protocol import Cost, Tensor
+from pymerge.ops.opset import choose_ops
+
+GIB = 1 << 30
+#: Linear layers of Llama 70B, [outputs, inputs].
+LLAMA_70B = [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
+MATRIX_METHODS = sorted(name for name, entry in METHODS.items() if entry.cost is not None)
+
+
+def cost_of(method: str, shape: tuple[int, ...], num_models: int = 8) -> Cost:
+    """The cost of a layer with the method's defaults."""
+    entry = METHODS[method]
+    shared = {n: entry.spec.default(n, None) for n in entry.spec.parameters}
+    own = [{n: v for n, v in shared.items() if entry.spec.parameters[n].scope == "model"}]
+    tensor = Tensor(
+        "model.layers.0.self_attn.q_proj.weight",
+        shape,
+        num_models,
+        entry.spec.base != "input",
+        shared,
+        own * num_models,
+        choose_ops(entry.ops),
+    )
+    assert entry.cost is not None
+    return entry.cost(tensor)
+
+
+@pytest.mark.parametrize("shape", LLAMA_70B, ids=str)
+@pytest.mark.parametrize("method", MATRIX_METHODS)
+def test_70b_layers_fit_on_a_gpu_of_24_gb(method: str, shape: tuple[int, int]) -> None:
+    """Eight models, float32, with room left for what a solver holds by itself."""
+    cost = cost_of(method, shape)
+    assert 0 < cost.num_bytes < 22e9
+    assert cost.flops32 + cost.flops64 + cost.eigen64 > 0
+
+
+@pytest.mark.parametrize("method", MATRIX_METHODS)
+def test_work_grows_as_that_of_matrices(method: str) -> None:
+    """Twice the size: at least four times the work and, but for terms of lower order, at most
+    eight times."""
+    small, large = (cost_of(method, (size, size)) for size in (2048, 4096))
+    for kind in ("flops32", "flops64", "eigen64"):
+        before, after = getattr(small, kind), getattr(large, kind)
+        if before:
+            assert 3.9 <= after / before <= 8.2, kind
+
+
+def small_recipe(folder: Path) -> dict[str, Any]:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    for index, name in enumerate(("base", "one", "two")):
+        (folder / name).mkdir()
+        generator = np.random.default_rng(index)
+        tensors = {
+            "model.layers.0.up.weight": generator.normal(size=(96, 64)).astype(np.float32),
+            "model.norm.weight": generator.normal(size=64).astype(np.float32),
+        }
+        save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
+        (folder / name / "config.json").write_text('{"model_type": "llama"}')
+    models = [{"model": str(folder / name)} for name in ("one", "two")]
+    return {"merge_method": "iso_c", "base_model": str(folder / "base"), "models": models}
+
+
+def test_seconds_are_work_over_rates(tmp_path: Path) -> None:
+    plan = api.plan(small_recipe(tmp_path), memory="600MiB")
+    cost = next(job.cost for job in plan.jobs if job.name == "model.layers.0.up.weight")
+    assert sum(job.cost.num_bytes > 0 for job in plan.jobs) == 1
+    expected = cost.flops32 / 2 + cost.flops64 / 4 + cost.eigen64 / 8
+    assert matrix_seconds(plan, MatrixRates(2.0, 4.0, 8.0)) == pytest.approx(expected)
+
+
+def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(matrix_rates, "SIZE", 64)
+    recipe = small_recipe(tmp_path)
+    plan = api.plan(recipe, memory="600MiB", threads=2)
+    found = matrix_rates_of(plan)
+    assert found is not None
+    assert min(found.flops32, found.flops64, found.eigen64) > 0
+    monkeypatch.setattr(matrix_rates, "measure_matrix_rates", None)
+    assert matrix_rates_of(plan) == found
+    linear = {**recipe, "merge_method": "task_arithmetic", "parameters": {"weight": 1.0}}
+    assert matrix_rates_of(api.plan(linear, memory="600MiB")) is None
+
+
+def test_the_command_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(matrix_rates, "SIZE", 64)
+    path = tmp_path / "recipe.yml"
+    path.write_text(json.dumps(small_recipe(tmp_path)))
+    words = ["plan", str(path), "--memory", "600MiB", "--folder", str(tmp_path)]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert "1 tensor, at most" in shown.output
+    assert "(model.layers.0.up.weight)" in shown.output
+    assert "s at the rates of this machine" in shown.output
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["matrices"]
+    assert found["seconds"] > 0
+    assert found["largest"] == "model.layers.0.up.weight"
