@@ -32,7 +32,7 @@ matrices are in memory at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -45,14 +45,21 @@ from pymerge.methods.matrices import (
     Matrix,
     matrix_cost,
     merge_matrices,
-    put_alone,
-    put_on_base,
     reads_of,
-    solve_blocks,
     view_of,
 )
 from pymerge.methods.parameters import by_name
-from pymerge.methods.protocol import NO_COST, Apply, Cost, Measure, Solve, Solving, Tensor, Tile, answer
+from pymerge.methods.protocol import (
+    NO_COST,
+    Apply,
+    Cost,
+    Measure,
+    Solve,
+    Solving,
+    Tensor,
+    Tile,
+    answer,
+)
 from pymerge.methods.registry import method
 from pymerge.methods.spec import MethodSpec, ParameterSpec
 from pymerge.methods.ties import num_kept
@@ -95,8 +102,8 @@ SPEC = MethodSpec(
             "str",
             "shared",
             "fixed",
-            "By what singular values are lowered: mu, or mu times their sum, which is the minimiser "
-            "of the squared penalty that the paper prints.",
+            "By what singular values are lowered: mu, or mu times the sum of those lowered, which "
+            "minimises the squared penalty that the paper prints.",
             choices=("fixed", "squared"),
         ),
         ParameterSpec(
@@ -185,20 +192,8 @@ def _looks(tensor: Tensor) -> float:
 )
 def lore(tensor: Tensor) -> Apply | Solving:
     """Gather every model, descend, merge what was found."""
-    if _is_plain_mean(tensor) or not blocks_of(tensor):
+    if _is_plain_mean(tensor):
         return _mean(tensor)
-    return _merge(tensor)
-
-
-def _mean(tensor: Tensor) -> Apply:
-    weights, count = [1.0] * tensor.num_models, float(tensor.num_models)
-    return Apply(
-        lambda tile, out: tensor.ops.axpy_n(out, tile.models, weights, base=tile.base, divisor=count)
-    )
-
-
-def _merge(tensor: Tensor) -> Solving:
-    by_ties = tensor.parameters["merge"] == "ties"
 
     def solve(matrix: Matrix) -> Asking:
         found = []
@@ -206,5 +201,181 @@ def _merge(tensor: Tensor) -> Solving:
             found.append((yield from matrix.delta(model)))
         return (yield Solve(lambda: estimate(found, matrix)))
 
-    merged = yield from solve_blocks(tensor, blocks_of(tensor), solve, isometric=not by_ties)
-    return put_on_base(tensor, merged, 1.0) if tensor.has_base else put_alone(tensor, merged)
+    return merge_matrices(
+        tensor,
+        solve,
+        isometric=tensor.parameters["merge"] != "ties",
+        adds_base=tensor.has_base,
+        scale=1.0,
+        alone=_mean,
+    )
+
+
+def _mean(tensor: Tensor) -> Apply:
+    weights, count = [1.0] * tensor.num_models, float(tensor.num_models)
+    return Apply(
+        lambda tile, out: tensor.ops.axpy_n(
+            out, tile.models, weights, base=tile.base, divisor=count
+        )
+    )
+
+
+def estimate(models: Sequence[torch.Tensor], matrix: Matrix) -> torch.Tensor:
+    """The merged matrix, float32 [rows, columns]; NaN where a model is not finite.
+
+    :param models: float32 [rows, columns], overwritten.
+    """
+    import torch
+
+    ws, parameters = matrix.ws, matrix.tensor.parameters
+    mean = center(models, ws)
+    if not bool(torch.isfinite(mean).all()):
+        return mean.fill_(math.nan)
+    by_ties, factor = parameters["merge"] == "ties", float(parameters["lambda"])
+    minus = descend(models, matrix, keep=by_ties)
+    if by_ties:
+        return elect(mean.add_(minus), models, matrix)
+    count = len(models) if parameters["merge"] == "sum" else 1
+    return mean.sub_(minus, alpha=factor * count - 1)
+
+
+def center(models: Sequence[torch.Tensor], ws: Workspace) -> torch.Tensor:
+    """The mean of the models, which is subtracted from each in place."""
+    mean = ws.empty(*models[0].shape)
+
+    def panel(rows: slice) -> None:
+        exact = models[0][rows].double()
+        for model in models[1:]:
+            exact += model[rows]
+        exact /= len(models)
+        mean[rows] = exact
+        for model in models:
+            model[rows] = model[rows] - exact
+
+    ws.map(panel, ws.panels(len(mean)))
+    return mean
+
+
+def descend(models: Sequence[torch.Tensor], matrix: Matrix, keep: bool) -> torch.Tensor:
+    """Minus the mean of the δᵢ after the last step.
+
+    :param models: the models less their mean; with ``keep`` the δᵢ take their place.
+    """
+    import torch
+
+    ws, parameters = matrix.ws, matrix.tensor.parameters
+    weight, iterations = float(parameters["mu"]), int(parameters["iterations"])
+    lower = by_sum if parameters["threshold"] == "squared" else by_weight
+    minus = ws.zeros(*models[0].shape)
+    is_fixed = False
+    for step in range(iterations):
+        is_last = is_fixed or step == iterations - 1
+        total = ws.zeros(*minus.shape)
+        for model in models:
+            shrink(model, minus, total, ws, lambda sigma: lower(sigma, weight), keep and is_last)
+        total /= -len(models)
+        if is_last:
+            return total
+        # At a fixed point only the δᵢ themselves may still be wanted.
+        is_fixed = torch.equal(total, minus)
+        if is_fixed and not keep:
+            return total
+        minus = total
+        del total
+    if keep:
+        for model in models:
+            model.zero_()
+    return minus
+
+
+def by_weight(sigma: torch.Tensor, weight: float) -> float:
+    """The threshold μ."""
+    return weight
+
+
+def by_sum(sigma: torch.Tensor, weight: float) -> float:
+    """The threshold μ·Σs of the lowered values ``s = (σ − μ·Σs)₊``, for σ descending: with k of
+    them kept ``Σs = Σσ/(1 + k·μ)``, and k is the most that all keep above 0."""
+    import torch
+
+    counts = torch.arange(1, len(sigma) + 1, dtype=sigma.dtype, device=sigma.device)
+    thresholds = weight * sigma.cumsum(0) / (1 + counts * weight)
+    kept = int((sigma > thresholds).sum())
+    return float(thresholds[kept - 1]) if kept else 0.0
+
+
+def shrink(
+    x: torch.Tensor,
+    minus: torch.Tensor,
+    total: torch.Tensor,
+    ws: Workspace,
+    lower: Callable[[torch.Tensor], float],
+    keep: bool,
+) -> None:
+    """Add ``S(x − minus)`` to ``total``, and put it into ``x`` too with ``keep``.
+
+    With eigenvectors V of ``YᵀY`` it is ``Y·V·diag((σ − threshold)/σ)·Vᵀ`` of those that stay.
+    """
+    from pymerge.ops.matrix.gram import gram_acc
+    from pymerge.ops.matrix.spectrum import gram_eigh
+
+    if len(x) < x.shape[1]:
+        x, minus, total = x.t(), minus.t(), total.t()
+    size = x.shape[1]
+    gram = ws.zeros(size, size, dtype="float64")
+    gram_acc(gram, x, ws, base=minus, backend="torch")
+    values, vectors = gram_eigh(gram, ws)
+    del gram
+    sigma = values.sqrt()
+    threshold = lower(sigma)
+    rank = int((sigma > threshold).sum())
+    factors = 1 - threshold / sigma[:rank]
+    left, right = vectors[:, :rank] * factors, vectors[:, :rank].t()
+    whole = ws.matmul(left, right) if 2 * rank > size else None
+
+    def panel(rows: slice) -> None:
+        y = (x[rows] - minus[rows]).double()
+        y = y @ left @ right if whole is None else y @ whole
+        total[rows] += y
+        if keep:
+            x[rows] = y
+
+    if rank or keep:
+        ws.map(panel, ws.panels(len(x)))
+
+
+def elect(base: torch.Tensor, models: Sequence[torch.Tensor], matrix: Matrix) -> torch.Tensor:
+    """``base + λ·TIES(δ)``, float32."""
+    ws, tensor = matrix.ws, replace(matrix.tensor, shape=tuple(base.shape))
+    density, factor = (float(tensor.parameters[name]) for name in ("density", "lambda"))
+    out = ws.empty(*base.shape)
+    whole = Tile(0, base.numel(), view_of(base), tuple(view_of(model) for model in models))
+    tiles = [tile for _, tile in whole.pieces(PIECE)]
+    deltas = [tile._replace(base=None) for tile in tiles]
+
+    def measure(question: Measure) -> Any:
+        asked = deltas if question.only is None else [deltas[question.only]]
+        found = ws.map(question.run, asked)
+        return found if question.fold is None else reduce(question.fold, found)
+
+    quota = [num_kept(density, tensor.num_elements)] * len(models)
+    keeps = answer(trim_tensor(tensor, quota), measure)
+    weights = [1.0] * len(models)
+
+    def merge(tile: Tile) -> None:
+        tensor.ops.disjoint_merge(
+            view_of(out).part(tile.start, tile.num),
+            tile.base,
+            tile.models,
+            weights,
+            keeps,
+            tile.start,
+            elect="weighted",
+            zero_sign=1,
+            combine="mean",
+            scale=factor,
+            deltas=True,
+        )
+
+    ws.map(merge, tiles)
+    return out

@@ -12,7 +12,7 @@ count, which leaves the noise out: ``L(θ) = Σᵢ ‖(θ − tᵢ)·pᵢᵀ‖�
   10⁻⁴ from the mean, which stays near it. The steps together are one polynomial of C, which takes a
   few products (see quadratic.py), and adapters are merged in their core space.
 
-In either form C and D are built from k directions a model and one model at a time. The singular
+In either form C and R are built from k directions a model and one model at a time. The singular
 directions are those of the Gram matrix of the short side in float64. ``rank`` sets k.
 
 Departures from the official code: singular values below 10⁻⁶ of the largest count as zero; a task
@@ -38,7 +38,7 @@ from pymerge.methods.matrices import (
 )
 from pymerge.methods.parameters import LAMBDA, by_name, preset
 from pymerge.methods.protocol import Apply, Cost, Solve, Solving, Tensor
-from pymerge.methods.quadratic import Quadratic, iterative_cost, norm_of
+from pymerge.methods.quadratic import Quadratic, iterative_cost
 from pymerge.methods.registry import method
 from pymerge.methods.spec import MethodSpec, ParameterSpec, ParameterValue
 from pymerge.methods.wudi import LEARNING_RATE, STEPS
@@ -137,26 +137,21 @@ def _cost(tensor: Tensor) -> Cost:
 
 
 def _looks(tensor: Tensor) -> float:
-    totals = int(bool(tensor.parameters["center"]))
-    return reads_of(tensor, totals=totals, deltas=tensor.num_models)
+    return reads_of(tensor, totals=1, deltas=tensor.num_models)
 
 
 @method(SPEC, ops=MATRIX_OPS, looks=_looks, cost=_cost)
 def optmerge(tensor: Tensor) -> Apply | Solving:
-    """Add up C and D from the largest directions of each model; descend from the sum or mean."""
+    """Add up C and R from the largest directions of each model; descend from the sum or mean."""
     parameters = tensor.parameters
     count = tensor.num_models
     weight = 1.0 if parameters["start"] == "sum" else 1.0 / count
-    center = bool(parameters["center"])
 
     def solve(matrix: Matrix) -> Asking:
-        found = yield Solve(lambda: Quadratic(matrix.rows, matrix.columns, matrix.ws))
-        if center:
-            found.start = yield from matrix.total([weight] * count)
+        start = yield from matrix.total([weight] * count)
+        found = yield Solve(lambda: Quadratic(start, matrix.ws))
         for model in range(count):
             tau = yield from matrix.delta(model)
-            if not center:
-                yield Solve(lambda tau=tau: found.begin(tau, weight))
             yield Solve(lambda tau=tau: _add(found, tau, matrix, 1 / (count * weight)))
             del tau
         return (yield Solve(lambda: _solution(found, parameters)))
@@ -169,25 +164,27 @@ def _add(found: Quadratic, tau: torch.Tensor, matrix: Matrix, share: float) -> N
     from pymerge.ops.matrix import truncated_svd
 
     ws = matrix.ws
-    norm = norm_of(tau, ws)
-    found.finite = found.finite and math.isfinite(norm)
+    norm = found.norm(tau)
     if not found.finite or norm == 0:
         return
     rank = _rank(matrix.tensor, matrix.full_rank)
     projector = truncated_svd(tau, rank, ws)
     right = projector.right
-    if matrix.tensor.parameters["center"]:
+    center = bool(matrix.tensor.parameters["center"])
+    if center:
         ws.map(lambda part: tau[part].sub_(found.start[part], alpha=share), ws.panels(tau.shape[0]))
         beside = truncated_svd(tau, rank, ws)
         turned = beside.values[:, None] * (beside.right @ right.t())
         image = ws.matmul(beside.left, turned)
-
-        def add_mean(part: slice) -> None:
-            image[part].addmm_(found.start[part].double(), right.t(), alpha=share)
-
-        ws.map(add_mean, ws.panels(image.shape[0]))
     else:
         image = projector.left * projector.values
+    # The mean is in a centered target, and the start is taken off.
+    times = (share if center else 0.0) - 1.0
+
+    def from_start(part: slice) -> None:
+        image[part].addmm_(found.start[part].double(), right.t(), alpha=times)
+
+    ws.map(from_start, ws.panels(image.shape[0]))
     found.add_factors(norm, image, projector.values, right)
 
 

@@ -1,9 +1,14 @@
 """The quadratic that interference methods minimise, built from one task vector at a time.
 
 ``L(θ) = Σᵢ wᵢ·‖(θ − tᵢ)·pᵢᵀ‖²`` with targets tᵢ and projectors pᵢ (the task vector itself in WUDI,
-low-rank parts of it in OptMerge) has the gradient ``2·(θC − D)``, where ``C = Σ wᵢ·pᵢᵀpᵢ`` [n, n]
-and ``D = Σ wᵢ·tᵢpᵢᵀpᵢ`` [m, n]. However many tasks there are, a solver sees C, D and where it
-starts; so the matrices in memory are these three and the task vector that is being added.
+low-rank parts of it in OptMerge) has the gradient ``2·(δC − R)`` at ``θ = S + δ``, where S is where
+the descent starts, ``C = Σ wᵢ·pᵢᵀpᵢ`` [n, n] and ``R = Σ wᵢ·(tᵢ − S)·pᵢᵀpᵢ`` [m, n]. However many
+tasks there are, a solver sees C, R and S; so the matrices in memory are these three, the task
+vector that is being added and its difference to S.
+
+R is not formed as ``Σ wᵢ·tᵢpᵢᵀpᵢ − SC``, which would take one look at the models instead of two:
+what float32 rounds of these two terms, which nearly cancel, was 9e-6 to 2e-5 of Adam's iterates in
+float64; with the sum of differences it was 4e-6 (128 to 256 rows, 300 steps).
 
 The weight ``wᵢ = 1/‖τᵢ‖²`` makes C free of scale; a task vector of zeros gets the weight 0.
 """
@@ -36,69 +41,75 @@ WORKERS = 8
 
 
 class Quadratic:
-    """C, D and the start of the descent; ``dtype`` is that of C and D.
+    """C and R of that ``dtype``, and S, float32 [m, n].
 
     ``finite`` turns false where a task vector is not finite: then no matrix is worth computing.
     """
 
-    def __init__(self, rows: int, columns: int, ws: Workspace, dtype: str = "float32") -> None:
+    def __init__(self, start: torch.Tensor, ws: Workspace, dtype: str = "float32") -> None:
+        rows, columns = start.shape
         self.ws = ws
+        self.start = start
         self.c = ws.zeros(columns, columns, dtype=dtype)
-        self.d = ws.zeros(rows, columns, dtype=dtype)
-        self.start = ws.zeros(rows, columns)
+        self.r = ws.zeros(rows, columns, dtype=dtype)
         self.finite = True
 
     def add(self, tau: torch.Tensor) -> None:
         """One more task, target and projector in one. ``tau`` is overwritten."""
-        norm = norm_of(tau, self.ws)
-        self.finite = self.finite and math.isfinite(norm)
+        norm = self.norm(tau)
         if not self.finite or norm == 0:
             return
-        # An exact factor that keeps squares and cubes of tiny task vectors within float32.
+        # An exact factor that keeps the squares of a tiny task vector within float32.
         unit = 2.0 ** math.frexp(norm)[1]
+        away = self.ws.empty(*tau.shape, dtype=str(self.r.dtype).removeprefix("torch."))
 
-        def scale(part: slice) -> None:
-            self.start[part] += tau[part]
+        def split(part: slice) -> None:
+            away[part] = tau[part]
+            away[part] -= self.start[part]
             tau[part] /= unit
 
-        self.ws.map(scale, self.ws.panels(tau.shape[0]))
+        self.ws.map(split, self.ws.panels(tau.shape[0]))
         weight = (unit / norm) ** 2
         x = tau.to(self.c.dtype)
         m, n = x.shape
-        # τ(τᵀτ) costs 2n²m beside the triangle of C, (ττᵀ)τ 3m²n and more.
+        # (τ−S)(τᵀτ) costs 2mn² beside the other triangle of C, ((τ−S)τᵀ)τ costs 4m²n.
         wide = 4 * m < 3 * n
 
         def columns(part: slice) -> None:
             first = part.start if wide else 0
-            gram = _gram_rows(x.t(), part, first)
+            gram = _product(x.t()[part], x.t()[first:])
             self.c[part, first:].add_(gram, alpha=weight)
             if not wide:
-                self.d[:, part].addmm_(x, gram.t(), alpha=weight * unit)
+                self.r[:, part].addmm_(away, gram.t(), alpha=weight)
 
         def rows(part: slice) -> None:
-            self.d[part].addmm_(_gram_rows(x, part, 0), x, alpha=weight * unit)
+            self.r[part].addmm_(_product(away[part], x), x, alpha=weight)
 
         self.ws.map(columns, self._strips(n))
         if wide:
             self.ws.map(rows, self._strips(m))
 
-    def begin(self, tau: torch.Tensor, weight: float) -> None:
-        """Add ``weight·tau`` to the start."""
-        self.ws.map(
-            lambda part: self.start[part].add_(tau[part], alpha=weight),
-            self.ws.panels(tau.shape[0]),
-        )
-
     def add_factors(
         self, norm: float, image: torch.Tensor, values: torch.Tensor, right: torch.Tensor
     ) -> None:
         """One more task of that norm whose projector is ``diag(values [k])·right [k, n]`` up to an
-        isometry and whose target t gives ``image = t·rightᵀ`` [m, k]."""
+        isometry and whose target t gives ``image = (t − S)·rightᵀ`` [m, k]."""
         kind = self.c.dtype
         scaled = (right * (values / norm).square()[:, None]).to(kind)
         left, image = right.t().to(kind), image.to(kind)
         self.ws.map(lambda p: self.c[p].addmm_(left[p], scaled), self._strips(len(self.c)))
-        self.ws.map(lambda p: self.d[p].addmm_(image[p], scaled), self._strips(len(self.d)))
+        self.ws.map(lambda p: self.r[p].addmm_(image[p], scaled), self._strips(len(self.r)))
+
+    def norm(self, tau: torch.Tensor) -> float:
+        """‖tau‖_F in float64; where it is not finite, neither is the result."""
+        import torch
+
+        def squares(part: slice) -> float:
+            return float(torch.linalg.vector_norm(tau[part], dtype=torch.float64)) ** 2
+
+        total = math.sqrt(sum(self.ws.map(squares, self.ws.panels(tau.shape[0]))))
+        self.finite = self.finite and math.isfinite(total)
+        return total
 
     def mirror(self) -> None:
         """Make C symmetric to the bit by its upper triangle."""
@@ -113,16 +124,14 @@ class Quadratic:
         """The iterate after ``steps`` steps of Adam."""
         from pymerge.ops.matrix import adam_quadratic
 
-        return adam_quadratic(self.start, self.c, self.d, self.ws, steps=steps, lr=lr)
+        zeros = self.ws.zeros(1, 1).expand(self.r.shape)
+        return self._from_start(adam_quadratic(zeros, self.c, self.r, self.ws, steps=steps, lr=lr))
 
     def flow(self, time: float) -> torch.Tensor:
-        """``start + (D − start·C)·φ(C)`` with ``φ(λ) = (1 − e^(−time·λ))/λ``, without an
-        eigendecomposition."""
+        """``S + R·φ(C)`` with ``φ(λ) = (1 − e^(−time·λ))/λ``, without an eigendecomposition."""
         from pymerge.ops.matrix import chebyshev_filter
 
-        self._to_residual()
-        result = chebyshev_filter(self.c, self.d, self.ws, time=time)
-        return self._from_start(result)
+        return self._from_start(chebyshev_filter(self.c, self.r, self.ws, time=time))
 
     def momentum(self, steps: int, lr: float, momentum: float) -> torch.Tensor:
         """The iterate after ``steps`` steps of gradient descent with heavy-ball momentum. Each step
@@ -137,38 +146,34 @@ class Quadratic:
                     moved += lr * velocity
             return moved
 
-        self._to_residual()
-        return self._from_start(polynomial_filter(self.c, self.d, self.ws, phi))
+        return self._from_start(polynomial_filter(self.c, self.r, self.ws, phi))
 
     def spectral(
         self, phi: Callable[[torch.Tensor], torch.Tensor], most: int | None = None
     ) -> torch.Tensor:
-        """``start + (D − start·C)·φ(C)`` where φ takes the eigenvalues of C, descending, those
-        below the cut left out; on the ``most`` largest of them only."""
+        """``S + R·φ(C)`` where φ takes the eigenvalues of C, descending, those below the cut left
+        out; on the ``most`` largest of them only."""
         from pymerge.ops.matrix import gram_eigh
 
-        self._to_residual()
         values, vectors = gram_eigh(self.c, self.ws)
         self.c = values
         count = int((values > CUT * values[0]).sum())
-        count = count if most is None else min(count, most)
-        kept = vectors[:, :count]
-        factors = phi(values[:count])
-        result = self.ws.empty(*self.d.shape)
+        kept = vectors[:, : count if most is None else min(count, most)]
+        factors = phi(values[: kept.shape[1]])
+        result = self.ws.empty(*self.r.shape)
 
         def panel(part: slice) -> None:
-            found = (self.d[part].double() @ kept).mul_(factors) @ kept.t()
+            found = (self.r[part].double() @ kept).mul_(factors) @ kept.t()
             result[part] = found.add_(self.start[part])
 
         self.ws.map(panel, self.ws.panels(len(result)))
         return result
 
     def ridge(self, ridge: float) -> torch.Tensor:
-        """``start + (D − start·C)·(C + ridge·mean(diag C)·1)⁻¹``, by Cholesky."""
+        """``S + R·(C + ridge·mean(diag C)·1)⁻¹``, by Cholesky."""
         from pymerge.ops.matrix import solve_spd
 
-        self._to_residual()
-        found = solve_spd(self.c, self.d.t(), self.ws, ridge=ridge).x.t()
+        found = solve_spd(self.c, self.r.t(), self.ws, ridge=ridge).x.t()
         result = self.ws.empty(*found.shape)
 
         def panel(part: slice) -> None:
@@ -180,43 +185,22 @@ class Quadratic:
     def _strips(self, num: int) -> list[slice]:
         return self.ws.panels(num, None if self.ws.on_host else DEVICE_STRIP)
 
-    def _to_residual(self) -> None:
-        """Put D − start·C in D's place."""
-        self.ws.map(
-            lambda p: self.d[p].addmm_(self.start[p].to(self.c.dtype), self.c, alpha=-1),
-            self._strips(len(self.d)),
-        )
-
     def _from_start(self, result: torch.Tensor) -> torch.Tensor:
         self.ws.map(lambda p: result[p].add_(self.start[p]), self.ws.panels(len(result)))
         return result
 
 
-def norm_of(tau: torch.Tensor, ws: Workspace) -> float:
-    """‖tau‖_F in float64; not finite where an element is not."""
-    squares = ws.map(lambda p: float(_double_norm(tau[p])) ** 2, ws.panels(tau.shape[0]))
-    return math.sqrt(sum(squares))
-
-
-def _double_norm(part: torch.Tensor) -> torch.Tensor:
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ rightᵀ``; of float32 in sums of CHUNK terms, which are summed in float64."""
     import torch
 
-    return torch.linalg.vector_norm(part, dtype=torch.float64)
-
-
-def _gram_rows(x: torch.Tensor, part: slice, first: int) -> torch.Tensor:
-    """Rows ``part`` of xxᵀ from column ``first`` on; of float32 in sums of CHUNK terms, which are
-    summed in float64."""
-    import torch
-
-    if x.shape[1] <= CHUNK or x.dtype == torch.float64:
-        return x[part] @ x[first:].t()
-    total = torch.zeros(
-        part.stop - part.start, x.shape[0] - first, dtype=torch.float64, device=x.device
-    )
-    for start in range(0, x.shape[1], CHUNK):
-        terms = slice(start, start + CHUNK)
-        total += x[part, terms] @ x[first:, terms].t()
+    num = left.shape[1]
+    if num <= CHUNK or left.dtype == torch.float64:
+        return left @ right.t()
+    total = left.new_zeros((len(left), len(right)), dtype=torch.float64)
+    for first in range(0, num, CHUNK):
+        terms = slice(first, first + CHUNK)
+        total += left[:, terms] @ right[:, terms].t()
     return total.float()
 
 
@@ -233,9 +217,9 @@ def tile_bytes(rows: int, columns: int, *, height: int, per_element: int) -> int
 
 
 def iterative_cost(rows: int, columns: int, num_models: int, products: float) -> Cost:
-    """Of building in float32 and solving by ``products`` products of [m, n] with C: C, D and the
-    start with the task vector or the result, and the workers' tiles."""
-    held = FLOAT * (columns**2 + 3 * rows * columns)
+    """Of building in float32 and solving by ``products`` products of [m, n] with C: C, R and the
+    start with the task vector and its difference to it, and the workers' tiles."""
+    held = FLOAT * (columns**2 + 4 * rows * columns)
     tiles = max(
         tile_bytes(columns, columns, height=256, per_element=16),
         tile_bytes(rows, max(rows, columns), height=256, per_element=16),
@@ -248,8 +232,8 @@ def direct_cost(rows: int, columns: int, num_models: int, *, double: bool, eigen
     """Of building in float32 or float64 and solving by an eigendecomposition or Cholesky."""
     item = 8 if double else FLOAT
     elements, square = rows * columns, columns**2
-    # D, the start, and the task vector with its copy in float64.
-    building = item * square + (item + 2 * FLOAT + (8 if double else 0)) * elements
+    # R, the start, the task vector, its difference to the start and a copy in float64.
+    building = item * square + (2 * item + 2 * FLOAT + (8 if double else 0)) * elements
     building += tile_bytes(max(rows, columns), max(rows, columns), height=256, per_element=16)
     # C as float64, LAPACK's vectors and its work, the vectors in order; or a copy and its factor.
     solving = (item + 5 * 8) * square + (item + 2 * FLOAT) * elements

@@ -3,17 +3,18 @@
 
 A task vector's rows span what its layer's inputs look like, so a merged task vector θ disturbs task
 i by its product with τᵢᵀ: ``L(θ) = Σᵢ ‖(θ − τᵢ)·τᵢᵀ‖² / ‖τᵢ‖²``. It starts from ``Στᵢ``, and the
-result is ``θ₀ + λ·θ``. L is quadratic, ``∇L = 2·(θC − D)`` (see quadratic.py); every solver works
-on C and D, whose size does not depend on the number of models, and each model is read once.
+result is ``θ₀ + λ·θ``. L is quadratic: at ``θ = S + δ`` with ``S = Στᵢ`` it is ``∇L = 2·(δC − R)``
+(see quadratic.py). Every solver works on C and R, whose size does not depend on the number of
+models, and one model is in memory at a time.
 
 - ``solver: adam`` (default) makes the authors' iterates: Adam, ``steps`` of them at ``lr``.
   That early stop is their regulariser: the minimiser is another point, and merged models made of it
   are less accurate (82.3 against 84.6 on eight CLIP tasks, by the authors of OptMerge). Adam is not
-  free of scale: an element moves by at most ``lr·steps``.
+  free of scale: an element moves by at most about ``lr·steps``.
 - ``solver: spectral`` follows the gradient flow from the same start for a ``time``:
-  ``θ = S + (D − S·C)·φ(C)``, ``φ(λ) = (1 − e^(−time·λ))/λ``, S the sum: a few dozen products by a
-  Chebyshev expansion. ``keep`` below 1 also leaves all but that share of C's directions, the
-  largest, as they are in S (SWUDI), which takes an eigendecomposition.
+  ``θ = S + R·φ(C)``, ``φ(λ) = (1 − e^(−time·λ))/λ``, a few dozen products by a Chebyshev expansion.
+  ``keep`` below 1 also leaves all but that share of C's directions, the largest, as they are in S
+  (SWUDI), which takes an eigendecomposition.
 - ``solver: closed`` is the minimiser, in float64: ``φ(λ) = 1/λ``, eigenvalues below 10⁻¹⁰ of the
   largest left out; with ``ridge`` ``1/(λ + ridge·mean)``, the mean being that of C's diagonal.
 
@@ -160,16 +161,17 @@ def _cost(tensor: Tensor) -> Cost:
 @method(
     SPEC,
     ops=MATRIX_OPS,
-    looks=lambda tensor: reads_of(tensor, deltas=tensor.num_models),
+    looks=lambda tensor: reads_of(tensor, totals=1, deltas=tensor.num_models),
     cost=_cost,
 )
 def wudi(tensor: Tensor) -> Apply | Solving:
-    """Add up C, D and the start model by model; the solver's point is the result."""
+    """Sum the task vectors, add up C and R model by model; the solver's point is the result."""
     how = _solver(tensor)
     kind = "float64" if how in ("closed", "ridge") else "float32"
 
     def solve(matrix: Matrix) -> Asking:
-        found = yield Solve(lambda: Quadratic(matrix.rows, matrix.columns, matrix.ws, kind))
+        start = yield from matrix.total([1.0] * matrix.num_models)
+        found = yield Solve(lambda: Quadratic(start, matrix.ws, kind))
         for model in range(matrix.num_models):
             tau = yield from matrix.delta(model)
             yield Solve(lambda tau=tau: found.add(tau))
