@@ -232,9 +232,14 @@ def _maps() -> list[Case]:
     def adam(t: Tile) -> Any:
         return cpu.adam_step(*t.state, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, step=1)
 
+    def mean(t: Tile) -> Any:
+        out, *models = (v.part(0, quarter) for v in (t.out, *t.models))
+        return cpu.weighted_mean(out, models, t.state, WEIGHTS, [1e-6] * n, mode="add")
+
     quarter = NUM_ELEMENTS // 4
     return [
         Case("adam_step", 1, adam, widths=(12, 4, 12), elements=quarter),
+        Case("weighted_mean", n, mean, widths=(0, 6, 2), elements=quarter),
         Case("nearswap", 1, lambda t: cpu.nearswap(t.out, t.base, t.models[0], t=1e-3)),
         Case("variance_score", n, lambda t: cpu.variance_score(t.out, t.base, t.models)),
         Case("overlap_counts", n, lambda t: cpu.overlap_counts(t.base, t.models, epsilon=1e-3)),

@@ -123,6 +123,12 @@ def cases(ops: Any, first: Set) -> list[Case]:
         state = [view(part) for part in s.state]
         ops.adam_step(*state, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, step=1)
 
+    def mean(s: Set) -> None:
+        """Of as many elements as the state has, which gives the weights."""
+        out, *parts = (view(x[: s.state[0].numel()]) for x in (s.out, *s.models))
+        weights = [view(part) for part in s.state[:n]]
+        ops.weighted_mean(out, parts, weights, WEIGHTS, [1e-6] * n, mode="add")
+
     look = moved("magnitude_histogram")
     return [
         Case(

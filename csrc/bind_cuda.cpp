@@ -400,6 +400,19 @@ uint64_t adam_step(const View& theta, const View& first, const View& second, con
     return run([&] { return cuda::adam_step(state[0], state[1], state[2], state[3], adam); });
 }
 
+uint64_t weighted_mean(const View& out, const Views& views, const Views& weights,
+                       const std::vector<float>& coefficients, const std::vector<float>& floors, bool adds_floor) {
+    const char* op = "weighted_mean";
+    require_count(op, "weights", weights.size(), views.size());
+    require_count(op, "coefficients", coefficients.size(), views.size());
+    require_count(op, "floors", floors.size(), views.size());
+    Views inputs = views;
+    inputs.insert(inputs.end(), weights.begin(), weights.end());
+    const cuda::View target = output(op, out);
+    const cuda::Models all = models(op, std::nullopt, inputs, target.num);
+    return run([&] { return cuda::weighted_mean(target, all, coefficients, floors, adds_floor); });
+}
+
 uint64_t pcb_score(const View& out, const View& base, const Views& views, size_t index, const std::vector<float>& lows,
                    const std::vector<float>& highs, int32_t mode, int32_t part) {
     const char* op = "pcb_score";
@@ -497,6 +510,8 @@ void bind_ops(py::module_& module) {
     module.def("elect_masks", &elect_masks, "masks"_a, "base"_a, "models"_a);
     module.def("apply_task", &apply_task, "out"_a, "base"_a, "vector"_a, "mask"_a, "scale"_a);
     module.def("adam_step", &adam_step, "theta"_a, "first"_a, "second"_a, "gradient"_a, "numbers"_a);
+    module.def("weighted_mean", &weighted_mean, "out"_a, "models"_a, "weights"_a, "coefficients"_a, "floors"_a,
+               "adds_floor"_a);
     module.def("pcb_score", &pcb_score, "out"_a, "base"_a, "models"_a, "index"_a, "lows"_a, "highs"_a, "mode"_a,
                "part"_a);
     module.def("pcb_merge", &pcb_merge, "out"_a, "base"_a, "models"_a, "lows"_a, "highs"_a, "cuts"_a, "tops"_a,

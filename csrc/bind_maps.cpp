@@ -270,6 +270,22 @@ uint64_t adam_step(const View& theta, const View& first, const View& second, con
                       {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]}});
 }
 
+uint64_t weighted_mean(const View& out, const Views& views, const Views& weights, const Numbers& coefficients,
+                       const Numbers& floors, bool adds_floor) {
+    const char* name = "weighted_mean";
+    require_count(name, "weights", weights.size(), views.size());
+    require_count(name, "coefficients", coefficients.size(), views.size());
+    require_count(name, "floors", floors.size(), views.size());
+    Views all = views;
+    all.insert(all.end(), weights.begin(), weights.end());
+    const ModelSet set(name, std::nullopt, all, count_of(out), 1);
+    pymerge::ElementMap op = element_map(set, out);
+    op.weights = coefficients.data();
+    op.floors = floors.data();
+    op.adds_floor = adds_floor;
+    return run_write(name, pymerge::weighted_mean, op);
+}
+
 }  // namespace
 }  // namespace binding
 
@@ -303,6 +319,8 @@ void bind_maps(pybind11::module_& module) {
     module.def("pcb_score", &pcb_score, "out"_a, "base"_a, "models"_a, "index"_a, "lows"_a, "highs"_a, "mode"_a,
                "part"_a);
     module.def("adam_step", &adam_step, "theta"_a, "first"_a, "second"_a, "gradient"_a, "numbers"_a);
+    module.def("weighted_mean", &weighted_mean, "out"_a, "models"_a, "weights"_a, "coefficients"_a, "floors"_a,
+               "adds_floor"_a);
     module.def("pcb_merge", &pcb_merge, "out"_a, "base"_a, "models"_a, "lows"_a, "highs"_a, "cuts"_a, "tops"_a,
                "weights"_a, "mode"_a, "scale"_a);
 }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pymerge.lora.extract import extract_lora
     from pymerge.runtime.load import load_task
     from pymerge.runtime.materialize import materialize
+    from pymerge.runtime.smile import load_smile
 
 __all__ = [
     "BackendError",
@@ -42,6 +43,7 @@ __all__ = [
     "combine_lora",
     "extract_lora",
     "load_recipe",
+    "load_smile",
     "load_task",
     "materialize",
     "merge",
@@ -63,6 +65,7 @@ _HOMES = {
     "plan": ("pymerge.api", "plan"),
     "verify": ("pymerge.api", "verify"),
     "merge_tensor": ("pymerge.in_memory", "merge_tensor"),
+    "load_smile": ("pymerge.runtime.smile", "load_smile"),
     "load_task": ("pymerge.runtime.load", "load_task"),
     "materialize": ("pymerge.runtime.materialize", "materialize"),
     "MergeReport": ("pymerge.engine.run", "MergeReport"),

@@ -477,8 +477,16 @@ def inspect(
         counts = count_nonfinite(opened)
     print_checkpoint(opened, counts, as_json=as_json)
     if not as_json:
+        from pymerge.runtime.smile_folder import is_smile_folder, open_smile
         from pymerge.runtime.task_folder import is_task_folder, open_tasks
 
+        if is_smile_folder(opened):
+            upscaled = open_smile(checkpoint)
+            experts = ", ".join(f"{i}: {name}" for i, name in enumerate(upscaled.experts))
+            typer.echo(
+                f"with experts beside {len(upscaled.modules)} layers by smile; experts {experts}"
+            )
+            typer.echo("pymerge.load_smile gives the model with them in Python")
         if is_task_folder(opened):
             folder = open_tasks(checkpoint)
             names = ", ".join(f"{task.number}: {task.name}" for task in folder.tasks)

@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pymerge.errors import PymergeError, RecipeError
 from pymerge.formats import BF16, BY_CODE, BY_TORCH_NAME, BYTES, F32, Format, promote
@@ -20,6 +22,7 @@ from pymerge.methods import get_method
 from pymerge.methods.protocol import (
     Apply,
     EachTensor,
+    Extra,
     Folded,
     Measure,
     Method,
@@ -31,8 +34,10 @@ from pymerge.methods.protocol import (
     decide,
 )
 from pymerge.methods.spec import PRESET, MethodSpec, ParameterSpec, ParameterValue
+from pymerge.methods.task_outputs import MASKS, VECTOR
 from pymerge.methods.values import check_value
 from pymerge.names import listed, nearest, shown
+from pymerge.ops import reference
 from pymerge.ops.executor import make_executor
 from pymerge.ops.opset import choose_ops
 from pymerge.ops.view import View, view
@@ -69,7 +74,8 @@ def merge_tensor(
     :param parameters: the method's parameters, with the values a recipe may give them; one per
         model may be a number for all or a sequence.
     :returns: a new torch tensor if the first of ``tensors`` is one, else a numpy array (bfloat16 as
-        uint16). Of a method that makes a model for each task a :class:`TaskTensor` of such arrays.
+        uint16). Of a method that makes a model for each task a :class:`TaskTensor` of such arrays;
+        of smile a dict of what stands beside the base, such as ``smile.up``.
     :raises RecipeError: a parameter is unknown, missing, or its value is not allowed.
     :raises PymergeError: an input is no array, shapes differ, or an array is not contiguous or of a
         dtype that kernels do not read.
@@ -103,11 +109,14 @@ def merge_tensor(
     tensor = Tensor(
         name, shape, len(models), base_view is not None, shared, per_model, ops, names, numbers
     )
+    tensor = replace(tensor, format=format)
     grams, diagonals = _statistics(chosen, statistics, shape, names)
-    tensor = replace(tensor, statistics=[1.0] * len(statistics))
+    # A Gram's number is its rows, a diagonal's its norm, as if the tensor were the whole model.
+    beside_each = [_norm(diagonal) for diagonal in diagonals] or [1.0] * len(statistics)
+    tensor = replace(tensor, statistics=beside_each)
     chosen.check([tensor])
     result, out = _empty_like(tensors[0], shape, format)
-    beside = _Beside(tensors[0], shape, format, len(models)) if chosen.extras else None
+    beside = _Beside(tensors[0], tensor, chosen.extras) if chosen.extras else None
     granule = chosen.granule(tensor)
     tiles = _cut(base_view, models, diagonals, max(granule, TILE_ELEMENTS // granule * granule))
 
@@ -121,11 +130,11 @@ def merge_tensor(
 
     def write(apply: Apply, tile: Tile) -> Any:
         tile = _of_models(tile, apply.models)
-        outputs = [out.part(tile.start, tile.num)]
-        if beside is not None:
-            outputs += beside.views(tile)
+        groups = [] if beside is None else beside.views(tile)
+        outputs = [out.part(tile.start, tile.num), *chain.from_iterable(groups)]
         with executor.here(tile.views, outputs, device) as (views, results):
-            extras = () if beside is None else (results[1:2], results[2:])
+            rest = iter(results[1:])
+            extras = [list(islice(rest, len(group))) for group in groups]
             return apply.run(tile.at(views), results[0], *extras)
 
     with ExitStack() as stack:
@@ -135,7 +144,12 @@ def merge_tensor(
             workspace = stack.enter_context(Workspace(num_threads, device))
             tensor = replace(tensor, workspace=workspace, store=_Kept(), warn=sentences.append)
 
+        def settle() -> None:
+            if tensor.workspace is not None:
+                tensor.workspace.settle()
+
         def measure(question: Measure) -> Any:
+            settle()
             chosen_tiles = tiles if question.only is None else [tiles[question.only]]
             if question.within is not None:
                 first, num = question.within
@@ -167,13 +181,23 @@ def merge_tensor(
             state = _measure_alone(chosen.measure_model, tensor, ask)
             tensor = replace(tensor, state=state)
         apply = decide(chosen, tensor, ask)
+        settle()
         found = list(pool.map(partial(write, apply), tiles))
     for sentence in sorted(sentences):
         warnings.warn(f"{name}: {sentence}", stacklevel=2)
     if beside is None:
         return result
     values = apply.values([tile.measured for tile in found]) if apply.values else []
-    return beside.result(chosen.scales([tensor], [values]) if chosen.scales else {}, names)
+    arrays = beside.arrays(apply.wholes)
+    if {VECTOR.suffix, MASKS.suffix} != arrays.keys():
+        return arrays
+    found_scales = chosen.scales([tensor], [values]) if chosen.scales else {}
+    scales: Any = np.array([found_scales.get(each, 1.0) for each in names])
+    if not isinstance(tensors[0], np.ndarray):
+        import torch
+
+        scales = torch.from_numpy(scales)
+    return TaskTensor(arrays[VECTOR.suffix], arrays[MASKS.suffix], scales)
 
 
 class TaskTensor(NamedTuple):
@@ -190,29 +214,61 @@ class TaskTensor(NamedTuple):
 
 
 class _Beside:
-    """The memory of a :class:`TaskTensor`."""
+    """The memory of a tensor's extras."""
 
-    def __init__(
-        self, pattern: Any, shape: tuple[int, ...], format: Format, num_models: int
-    ) -> None:
-        self._vector, self._out = _empty_like(pattern, shape, format)
-        self._masks = np.zeros((num_models, -(-self._out.num // 8)), np.uint8)
-        self._is_numpy = isinstance(pattern, np.ndarray)
+    def __init__(self, pattern: Any, tensor: Tensor, extras: Sequence[Extra]) -> None:
+        self._pattern, self._format = pattern, tensor.format
+        self._shapes = {each.suffix: each.shape_of(tensor) for each in extras if each.shape}
+        self._arrays: dict[str, Any] = {}
+        self._rows: list[tuple[bool, list[View]]] = []
+        for extra in extras:
+            shape = extra.shape_of(tensor)
+            if extra.shape or shape is None:
+                continue
+            num_rows = tensor.num_models if extra.per_model else 1
+            if extra.bits is None:
+                array, whole = _empty_like(pattern, shape, tensor.format)
+                size = whole.num // num_rows
+            else:
+                array = np.zeros(shape, np.uint8)
+                whole, size = View(array.ctypes.data, BYTES, array.size), shape[1]
+            rows = [whole.part(row * size, size) for row in range(num_rows)]
+            self._arrays[extra.suffix] = array
+            self._rows.append((extra.bits is not None, rows))
 
-    def views(self, tile: Tile) -> list[View]:
-        """The tile's part of the vector, then of each mask; it begins with a byte."""
+    def views(self, tile: Tile) -> list[list[View]]:
+        """The tile's part of the rows of each extra; it begins with a byte."""
         first, num_bytes = tile.start // 8, -(-tile.num // 8)
-        rows = [row.ctypes.data + first for row in self._masks]
-        masks = [View(address, BYTES, num_bytes) for address in rows]
-        return [self._out.part(tile.start, tile.num), *masks]
+        return [
+            [row.part(*((first, num_bytes) if bits else (tile.start, tile.num))) for row in rows]
+            for bits, rows in self._rows
+        ]
 
-    def result(self, scales: Mapping[str, float], names: Sequence[str]) -> TaskTensor:
-        factors = np.array([scales.get(name, 1.0) for name in names])
-        if self._is_numpy:
-            return TaskTensor(self._vector, self._masks, factors)
+    def arrays(self, wholes: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:
+        """The extras by their suffix."""
+        found = dict(self._arrays)
+        for suffix, shape in self._shapes.items():
+            if shape is not None:
+                found[suffix], _ = _empty_like(self._pattern, shape, self._format)
+                _bytes_of(found[suffix])[:] = wholes[suffix].reshape(-1).view(np.uint8)
+        if isinstance(self._pattern, np.ndarray):
+            return found
         import torch
 
-        return TaskTensor(self._vector, torch.from_numpy(self._masks), torch.from_numpy(factors))
+        return {
+            suffix: torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+            for suffix, array in found.items()
+        }
+
+
+def _bytes_of(array: Any) -> NDArray[np.uint8]:
+    """The memory of a numpy array or torch tensor."""
+    if isinstance(array, np.ndarray):
+        return array.reshape(-1).view(np.uint8)
+    import torch
+
+    memory: NDArray[np.uint8] = array.reshape(-1).view(torch.uint8).numpy()
+    return memory
 
 
 def _measure_alone(measure_model: Any, tensor: Tensor, measure: Any) -> Any:
@@ -332,6 +388,10 @@ def _empty_like(pattern: Any, shape: tuple[int, ...], format: Format) -> tuple[A
 
     tensor = torch.empty(shape, dtype=getattr(torch, str(format.torch_name)))
     return tensor, view(tensor)
+
+
+def _norm(diagonal: View) -> float:
+    return float(np.sqrt(np.square(reference.value(diagonal), dtype=np.float64).sum()))
 
 
 def _statistics(

@@ -319,6 +319,14 @@ Status adam_step(const AdamStep& op, uint64_t* num_nonfinite) {
                [&](const OpTable& table) { *num_nonfinite = table.adam_step(op); });
 }
 
+Status weighted_mean(const ElementMap& op, uint64_t* num_nonfinite) {
+    if (op.models.num_models % 2) {
+        const int64_t found = static_cast<int64_t>(op.models.num_models);
+        return {StatusCode::BadShape, 0, found, found + 1};
+    }
+    return write(op, &OpTable::weighted_mean, num_nonfinite);
+}
+
 uint64_t num_sampled(uint64_t start, uint64_t num, uint64_t group, uint64_t stride) {
     const uint64_t period = group * stride;
     const auto sampled_before = [&](uint64_t end) {

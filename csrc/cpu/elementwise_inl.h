@@ -147,6 +147,14 @@ uint64_t pcb_merge(const ElementMap& op) {
     });
 }
 
+template <class V>
+uint64_t weighted_mean(const ElementMap& op) {
+    const size_t num_models = op.models.num_models / 2;
+    return map_elements<V>(op.models, op.out, [&](typename V::F, const Deltas<V>& value) {
+        return weighted_mean<V>(num_models, value, op.weights, op.floors, op.adds_floor);
+    });
+}
+
 // Stores the first n lanes, a NaN as the positive quiet one.
 template <class V>
 PM_INLINE void store_up_to(float* p, size_t n, typename V::F x) {

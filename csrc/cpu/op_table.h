@@ -42,6 +42,7 @@ struct OpTable {
     uint64_t (*pcb_score)(const ElementMap&);
     uint64_t (*pcb_merge)(const ElementMap&);
     uint64_t (*adam_step)(const AdamStep&);
+    uint64_t (*weighted_mean)(const ElementMap&);
 };
 
 extern const OpTable scalar_ops;

@@ -65,7 +65,8 @@ constexpr OpTable op_table(const char* name) {
                    apply_task<V>,
                    pcb_score<V>,
                    pcb_merge<V>,
-                   adam_step<V>};
+                   adam_step<V>,
+                   weighted_mean<V>};
 }
 
 }  // namespace

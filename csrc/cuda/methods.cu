@@ -120,6 +120,19 @@ struct pcb_merge_map : PlainMap, PcbTables {
     }
 };
 
+struct weighted_mean_map : PlainMap {
+    uint32_t coefficients;
+    uint32_t floors;
+    bool adds_floor;
+
+    template <class Scene>
+    PM_DEVICE Lanes::F operator()(const Scene& scene) const {
+        return pymerge::weighted_mean<Lanes>(
+            scene.num_models() / 2, [&](size_t i) { return scene.value(i); },
+            scene.template table<float>(coefficients), scene.template table<float>(floors), adds_floor);
+    }
+};
+
 // ---- Masks and counts: a thread's chunk is one byte of every mask
 
 enum class Vote8 : int32_t { Used, Agrees };
@@ -373,6 +386,16 @@ uint64_t pcb_merge(const View& out, const Models& models, const PcbRanges& range
     map.weights = tables.add(weights);
     map.scale = scale;
     return run_map<Speed::Any>("pcb_merge", out, models, &tables, true, map);
+}
+
+uint64_t weighted_mean(const View& out, const Models& models, const std::vector<float>& coefficients,
+                       const std::vector<float>& floors, bool adds_floor) {
+    Tables tables;
+    weighted_mean_map map{};
+    map.coefficients = tables.add(coefficients);
+    map.floors = tables.add(floors);
+    map.adds_floor = adds_floor;
+    return run_map<Speed::Any>("weighted_mean", out, models, &tables, false, map);
 }
 
 uint64_t adam_step(const View& theta, const View& first, const View& second, const View& gradient, const Adam& adam) {

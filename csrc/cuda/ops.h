@@ -84,6 +84,9 @@ uint64_t pcb_score(const View& out, const Models& models, size_t index, const Pc
 uint64_t pcb_merge(const View& out, const Models& models, const PcbRanges& ranges, const std::vector<float>& cuts,
                    const std::vector<float>& tops, const std::vector<float>& weights, float scale);
 uint64_t adam_step(const View& theta, const View& first, const View& second, const View& gradient, const Adam& adam);
+// The second half of the models are the weights of the first.
+uint64_t weighted_mean(const View& out, const Models& models, const std::vector<float>& coefficients,
+                       const std::vector<float>& floors, bool adds_floor);
 
 // selection.cu
 void magnitude_sample(const Models& models, int64_t start, int64_t group, int64_t stride, int64_t num_sampled,

@@ -17,10 +17,9 @@ from pymerge.checkpoint.strict_json import shown
 from pymerge.errors import PlanError
 from pymerge.formats import Format
 
-#: What the files beside a model are called, and what describes them.
+#: What the files beside a model are called.
 TASKS_STEM = "tasks"
 TASKS_FILE = re.compile(rf"{TASKS_STEM}(-\d+-of-\d+)?\.safetensors")
-TASKS_NAME = "tasks.json"
 #: A folder of measurements in that of a model, and what describes them; not part of the model.
 STATISTICS_FOLDER = "pymerge-statistics"
 STATISTICS_NAME = "statistics.json"

@@ -3,7 +3,8 @@
 Fixed settings are the usual ones for eight tasks: task arithmetic (arXiv:2212.04089) with lambda
 0.3, TIES (arXiv:2306.01708) with density 0.2 and lambda 1, which its authors recommend where
 nothing can be tuned; what drops at random keeps as much as TIES does and takes task arithmetic's
-lambda, the rest the methods' defaults. Where lambda is tuned, it is tuned on the selection parts
+lambda, the rest the methods' defaults. The task vectors here are ten times as large as those of
+the vision models that WUDI's rate of 1e-5 was chosen for, and so is the rate. Where lambda is tuned, it is tuned on the selection parts
 and the row is marked with a star.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -22,7 +23,8 @@ class Configuration:
     """One row of the table: a method, its shared parameters and those of each model.
 
     ``lambdas`` are tried to tune it. ``per_task`` marks a method whose output holds a model for
-    each task: each is judged on its own task.
+    each task: each is judged on its own task. ``reads`` names the statistics that it needs beside
+    the experts.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Configuration:
     own: Mapping[str, float] = field(default_factory=dict)
     lambdas: Sequence[float] = ()
     per_task: bool = False
+    reads: Literal["gram", "fisher"] | None = None
 
     @property
     def tuned(self) -> bool:
@@ -79,6 +82,18 @@ CONFIGURATIONS = (
     Configuration("ramplus", "RAM+", "ramplus_tl"),
     Configuration("magmax", "MagMax λ=0.5", "magmax"),
     Configuration("consensus-ta", "Consensus TA α=0.3", "consensus_ta", {"alpha": 0.3}),
+    Configuration("knots", "KnOTS λ=1", "knots"),
+    Configuration("lore", "LoRE λ=1, TIES", "lore", {"merge": "ties"}),
+    Configuration("opcm", "OPCM", "opcm"),
+    Configuration("doge", "DOGE TA", "doge_ta"),
+    Configuration("iso-c", "Iso-C λ=1", "iso_c"),
+    Configuration("iso-cts", "Iso-CTS λ=1", "iso_cts"),
+    Configuration("tsv-m", "TSV-M λ=1", "tsv_m"),
+    Configuration("wudi", "WUDI", "wudi", {"lr": 1e-4}),
+    Configuration("wudi-spectral", "WUDI spectral", "wudi", {"solver": "spectral"}),
+    Configuration("optmerge", "OptMerge", "optmerge", {"lr": 1e-4}),
+    Configuration("fisher", "Fisher", "fisher", reads="fisher"),
+    Configuration("regmean", "RegMean", "regmean", reads="gram"),
     Configuration(
         "task-arithmetic-tuned",
         "task arithmetic",
@@ -88,13 +103,15 @@ CONFIGURATIONS = (
         lambdas=(0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
     ),
     Configuration("ties-tuned", "TIES", "ties", TIES, SPARSE, lambdas=(1.0, 1.5, 2.0)),
+    Configuration("iso-c-tuned", "Iso-C", "iso_c", lambdas=(1.0, 1.5, 2.0, 2.5)),
+    Configuration("tsv-m-tuned", "TSV-M", "tsv_m", lambdas=(1.0, 1.25, 1.5, 1.75)),
     Configuration("tall-masks", "TALL masks, own task", "tall_masks", per_task=True),
     Configuration("emr", "EMR, own task", "emr", per_task=True),
 )
 
 
 #: Methods to which the base is a model like any other, or none.
-WITHOUT_BASE = ("linear", "karcher")
+WITHOUT_BASE = ("linear", "karcher", "regmean", "fisher", "lore")
 
 
 def recipe(configuration: Configuration, base: Path, experts: Sequence[Path]) -> dict[str, Any]:

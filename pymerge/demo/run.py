@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 import pymerge
-from pymerge.demo import checkpoint, recipes
+from pymerge.demo import checkpoint, recipes, statistics
 from pymerge.demo.data import Task, make_tasks
 from pymerge.demo.experts import trained_models
 from pymerge.demo.model import accuracy, one_thread
@@ -89,6 +89,12 @@ class Bench:
             pymerge.merge(recipe, target, overwrite=True)
         return target
 
+    def prepare(self, configuration: Configuration) -> None:
+        """Collect what the merge reads beside the experts."""
+        if configuration.reads is not None:
+            with self.timed("statistics"):
+                statistics.collect(configuration.reads, self.tasks, self.models)
+
     def score(self, folder: Path, part: str) -> dict[str, float]:
         with self.timed("evaluation"):
             return evaluate(folder, self.tasks, part)
@@ -141,6 +147,7 @@ def run_demo(out: Path, console: Console, settings: Settings | None = None) -> D
     rows, lambdas = [], {}
     for configuration in CONFIGURATIONS:
         chosen = configuration
+        bench.prepare(configuration)
         if configuration.tuned:
             lambdas[configuration.name] = bench.tune(configuration)
             chosen = configuration.with_lambda(lambdas[configuration.name])

@@ -8,7 +8,6 @@ from pathlib import Path
 from pymerge.checkpoint import (
     INDEX_NAME,
     MANIFEST_NAME,
-    TASKS_NAME,
     Checkpoint,
     FileRecord,
     Manifest,
@@ -23,7 +22,7 @@ from pymerge.engine.journal import NAME as JOURNAL_NAME
 from pymerge.engine.journal import Record
 from pymerge.errors import CheckpointError, StorageError
 from pymerge.plan import Plan
-from pymerge.report.card import CardModel, model_card
+from pymerge.report.card import CardBeside, CardModel, model_card
 
 CARD_NAME = "README.md"
 
@@ -65,8 +64,9 @@ def finished_manifest(plan: Plan, folder: Path, files: Mapping[str, bytes]) -> M
         if manifest.content.get("plan") != plan.hash:
             return None
         # What is known only after the merge is compared with itself, below.
-        known = {name: record for name, record in manifest.files.items() if name != TASKS_NAME}
-        if known != _records(plan, files) or bool(plan.tasks) != (TASKS_NAME in manifest.files):
+        late = () if plan.description is None else (plan.description.file_name,)
+        known = {name: record for name, record in manifest.files.items() if name not in late}
+        if known != _records(plan, files) or any(name not in manifest.files for name in late):
             return None
         whole = all(
             (folder / shard.file_name).stat().st_size == shard.num_bytes for shard in plan.shards
@@ -127,7 +127,9 @@ def _card(plan: Plan) -> str:
         recipe=plan.recipe_text,
         dtype=max(sizes, key=lambda name: (sizes[name], name)),
         num_tensors=len(plan.jobs),
-        tasks=plan.tasks,
+        beside=None
+        if plan.description is None
+        else CardBeside(plan.description.title, plan.description.use, plan.tasks),
     )
 
 

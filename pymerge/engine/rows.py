@@ -42,6 +42,8 @@ def rows_of(job: Job, start: int, num: int, blocks: Sequence[int]) -> list[Row]:
     rows = [Row(job, start * size, num * size, View(blocks[0], code, num))]
     free = iter(blocks[1:])
     for part in job.parts:
+        if part.is_whole:
+            continue
         rows += _rows_of_part(job, part, start, num, free)
     return rows
 
@@ -63,10 +65,13 @@ def _rows_of_part(
 
 
 def by_output(job: Job, views: Sequence[View]) -> Iterator[Any]:
-    """The views of all rows as a method gets them: the tensor's own, then the rows of each part."""
+    """The views of all rows as a method gets them: the tensor's own, then the rows of each part
+    that comes by rows."""
     yield views[0]
     first = 1
     for part in job.parts:
+        if part.is_whole:
+            continue
         yield views[first : first + part.rows]
         first += part.rows
 

@@ -1,39 +1,32 @@
-"""tasks.json: what the files beside a model hold, and each task's number."""
+"""The file that describes what stands beside a model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 
-from pymerge.checkpoint import TASKS_NAME
 from pymerge.engine.journal import Record
-from pymerge.methods.task_outputs import FORMULA, TASKS_FORMAT
+from pymerge.methods.protocol import Beside
 from pymerge.plan import Plan
 
 
 def task_files(plan: Plan, records: Mapping[str, Record]) -> dict[str, bytes]:
-    """The files that can only be written once all tensors are: tasks.json, or none.
+    """The files that can only be written once all tensors are: the description, or none.
 
-    :raises PymergeError: a task's scale is not finite.
+    :raises PymergeError: what was measured does not give a description.
     """
-    if not plan.tasks:
+    if plan.description is None:
         return {}
-    jobs = [job for job in plan.jobs if job.parts]
-    scales: dict[str, float] = {}
-    if plan.method.scales is not None:
-        tensors = [job.tensor(plan.ops) for job in jobs]
-        scales = plan.method.scales(tensors, [records[job.name].values for job in jobs])
-    usual = list(plan.tasks)
-    content = {
-        "format": TASKS_FORMAT,
-        "method": plan.method.spec.name,
-        "formula": FORMULA,
-        "tasks": [{"name": name, "scale": scales.get(name, 1.0)} for name in usual],
-        "files": [shard.file_name for shard in plan.task_shards],
-        "rows": {
-            job.name: [usual.index(name) for name in job.model_names]
-            for job in jobs
-            if list(job.model_names) != usual
-        },
-    }
-    return {TASKS_NAME: (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()}
+    tensors = [
+        Beside(
+            job.tensor(plan.ops),
+            records[job.name].values,
+            {part.suffix: part.shape for part in job.parts},
+        )
+        for job in plan.jobs
+        if job.parts
+    ]
+    files = [shard.file_name for shard in plan.task_shards]
+    content = plan.description.content(plan.method, plan.tasks, tensors, files)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return {plan.description.file_name: text.encode()}

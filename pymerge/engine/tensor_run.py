@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pymerge import _C
+from pymerge.checkpoint import TensorEntry
 from pymerge.engine.context import Context
 from pymerge.engine.gather import gather
 from pymerge.engine.loader import TileLoader
@@ -115,10 +116,11 @@ class TensorRun:
                 return question.run()
         if isinstance(question, Factors):
             return self.context.updates.factors(self.job)
-        return self.context.updates.read(self.job, self.job.statistics[question.model])
+        return self._statistic(self.job.statistics[question.model])
 
     def measure(self, question: Measure) -> Any:
         """Answer one look of the method."""
+        self._settle()
         tiles: Iterable[int] = (question.only,) if question.only is not None else ()
         if question.only is None:
             tiles = self.context.plan.tiling.tiles_within(self.job, question.within)
@@ -130,6 +132,22 @@ class TensorRun:
         total = Folded(question.run, question.fold)
         gather(self.submit_look(i, total.add, models) for i in tiles)
         return total.value
+
+    def _settle(self) -> None:
+        """Tiles work on the workspace's tensors in streams of their own."""
+        if self.tensor.workspace is not None:
+            self.tensor.workspace.settle()
+
+    def _statistic(self, entry: TensorEntry) -> Any:
+        """What was collected, read through a block; a resident job, which holds blocks and must not
+        wait for more, has one of its outputs' free while it decides."""
+        if not self.resident:
+            return self.context.updates.read(self.job, entry)
+        blocks = self._outputs.get()
+        try:
+            return self.context.updates.read(self.job, entry, blocks[0])
+        finally:
+            self._outputs.put(blocks)
 
     def submit_look(
         self, index: int, run: Callable[[Tile], Any], models: tuple[int, ...] | None = None
@@ -171,6 +189,7 @@ class TensorRun:
         else:
             tensor = replace(self.tensor, warn=self._warnings.append)
             apply = decide(self.context.plan.method, tensor, self.ask)
+            self._settle()
         self._values, self._wholes = apply.values, apply.wholes
         if self.resident:
             return gather(

@@ -159,8 +159,11 @@ class Updates:
                 found.append((left, matrices.right))
         return found
 
-    def read(self, job: Job, entry: TensorEntry) -> Floats:
-        """All elements of a tensor that stands beside the job's, float32 [num_elements]."""
+    def read(self, job: Job, entry: TensorEntry, block: int | None = None) -> Floats:
+        """All elements of a tensor that stands beside the job's, float32 [num_elements]; ``block``
+        is one that the caller holds, else one is waited for."""
+        if block is not None:
+            return self._read_flat(job, entry, block)
         return self._read(job, entry, entry.num_elements, False).reshape(-1)
 
     def _add(self, update: LowRank, matrices: Matrices, tile: Tile, out: View) -> None:
@@ -213,22 +216,26 @@ class Updates:
 
     def _read(self, job: Job, entry: TensorEntry, columns: int, transposed: bool) -> Floats:
         """A matrix of the adapter with so many columns, or one that lies as its transpose."""
-        size = entry.format.num_bytes
-        flat = np.empty(entry.num_elements, np.float32)
-        context = self._context
-        blocks = context.acquire_tile(1)
+        blocks = self._context.acquire_tile(1)
         try:
-            step = min(PIECE, (context.pool.block_bytes - Tiling.SLACK) // size)
-            with context.events.stage("read", job.name, entry.num_bytes):
-                for first in range(0, len(flat), step):
-                    num = min(step, len(flat) - first)
-                    address = self._read_part(entry, first, num, blocks[0])
-                    flat[first : first + num] = value(float_view(address, entry.format, num))
+            flat = self._read_flat(job, entry, blocks[0])
         finally:
-            context.release_tile(blocks)
+            self._context.release_tile(blocks)
         if transposed:
             return np.ascontiguousarray(flat.reshape(columns, -1).T)
         return flat.reshape(-1, columns)
+
+    def _read_flat(self, job: Job, entry: TensorEntry, block: int) -> Floats:
+        """All elements of a tensor, through one block."""
+        flat = np.empty(entry.num_elements, np.float32)
+        room = self._context.pool.block_bytes - Tiling.SLACK
+        step = min(PIECE, room // entry.format.num_bytes)
+        with self._context.events.stage("read", job.name, entry.num_bytes):
+            for first in range(0, len(flat), step):
+                num = min(step, len(flat) - first)
+                address = self._read_part(entry, first, num, block)
+                flat[first : first + num] = value(float_view(address, entry.format, num))
+        return flat
 
     def _read_part(self, entry: TensorEntry, first: int, num: int, block: int) -> int:
         if self._context.stopping:

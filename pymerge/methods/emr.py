@@ -28,7 +28,7 @@ from pymerge.methods.parameters import by_name
 from pymerge.methods.protocol import SPAN, Applied, Apply, Tensor, Tile
 from pymerge.methods.registry import method
 from pymerge.methods.spec import MethodSpec, ParameterSpec
-from pymerge.methods.task_outputs import MASKS, VECTOR
+from pymerge.methods.task_outputs import MASKS, TASKS, VECTOR
 from pymerge.ops.selection import Keep
 from pymerge.ops.view import View
 
@@ -94,6 +94,7 @@ def scales(tensors: Sequence[Tensor], values: Sequence[Sequence[float]]) -> dict
     SPEC,
     ops=("convert", "elect_max", "elect_masks", "kept_sums", "masked_sums"),
     extras=(VECTOR, MASKS),
+    description=TASKS,
     check=check,
     scales=scales,
 )

@@ -180,6 +180,7 @@ class Merge:
         self._left = Stack(num_of_tasks, matrix.rows, ws)
         self._right = Stack(min(split.common, shortest) + num_of_tasks, matrix.columns, ws)
         self._values: list[torch.Tensor] = []
+        self._rest: torch.Tensor | None = None
 
     def add_common(self, totals: list[torch.Tensor]) -> None:
         """Take U_c, its singular values and right vectors from the one matrix in the list."""
@@ -232,7 +233,7 @@ class Merge:
         if not bool(kept.all()):
             rest = torch.cat((basis[:, ~kept], rest), dim=1)
             basis, image, values = basis[:, kept], image[:, kept], values[kept]
-        self._rest: torch.Tensor | None = rest
+        self._rest = rest
         return Triplets(basis, values, image.div_(values).t())
 
     def _task_by_rows(self, delta: torch.Tensor) -> Triplets:

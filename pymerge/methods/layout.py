@@ -11,11 +11,14 @@ from pymerge.errors import RecipeError
 from pymerge.methods.protocol import Tensor, Tile
 from pymerge.methods.spec import ParameterSpec
 
-#: Tables of vectors that are looked up, not multiplied by, and projections out of the model: the
-#: reference code of most methods leaves them out or would decompose them by accident.
+#: Tables of vectors that are looked up, not multiplied by, kernels of convolutions, which lie like
+#: a stack of matrices, biases of a stack, and projections out of the model: the reference code of
+#: most methods leaves them out or would decompose them by accident.
 NOT_MATRICES = (
-    r"(^|\.)(embed_tokens|embed_positions|lm_head|embed_out|wte|wpe|shared|text_projection"
-    r"|(\w+_)?embeddings?)(\.|$)"
+    r"(^|\.)(embed_(tokens\w*|positions|in|out)|lm_head|wte|wpe|shared|text_projection|A_log|probe"
+    r"|(\w+_)?embeddings?|pos_embed|\w+_token|relative_(attention_bias|position_bias_table)"
+    r"|cls\.predictions\.decoder|\w*conv\d*d?\.(weight\w*|parametrizations))(\.|$)"
+    r"|^(output|proj_out)\.weight$|bias$"
 )
 
 EXCLUDE = ParameterSpec(
@@ -148,7 +151,7 @@ def _matches(name: str, pattern: object, tensor: str) -> bool:
 
 def _split(tensor: Tensor, outputs: int) -> list[int]:
     """The outputs of each part of a fused matrix."""
-    text = str(tensor.parameters["split"])
+    text = str(tensor.parameters.get("split", ""))
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, _, sizes = entry.partition("=")
         parts = sizes.split(":")

@@ -142,7 +142,7 @@ class Matrix:
                 put(view.part(place, part.num), part)
 
         yield Measure(run, models=models, within=block.within)
-        return out.T.contiguous() if block.transposed else out
+        return (yield Solve(out.T.contiguous)) if block.transposed else out
 
 
 def merge_matrices(
@@ -218,13 +218,29 @@ def solve_blocks(
         if block.transposed:
             result = result.T
         if len(blocks) == 1:
-            return result.contiguous()
+            return result if result.is_contiguous() else (yield Solve(result.contiguous))
         if merged is None:
-            merged = tensor.room.zeros(tensor.num_rows, tensor.columns)
-        rows = slice(block.first_row, block.first_row + block.stored_rows)
-        columns = slice(block.first_column, block.first_column + block.stored_columns)
-        merged[rows, columns] = result
+            merged = tensor.room.empty(tensor.num_rows, tensor.columns)
+        yield Solve(partial(_window(merged, block).copy_, result))
+        # The next matrix needs the memory of this one.
+        del matrix, result
     return merged
+
+
+def _window(whole: torch.Tensor, block: Block) -> torch.Tensor:
+    rows = slice(block.first_row, block.first_row + block.stored_rows)
+    return whole[rows, block.first_column : block.first_column + block.stored_columns]
+
+
+def look_at_matrices(tensor: Tensor, visit: MatrixSolve) -> Asking:
+    """What ``visit`` makes of each of a tensor's matrices, as a list; nothing is merged."""
+    blocks = blocks_of(tensor)
+    factors = (yield Factors()) if tensor.has_base and blocks else None
+    found = []
+    for block in blocks:
+        matrix = yield from _matrix(tensor, block, factors, False)
+        found.append((yield from visit(matrix)))
+    return found
 
 
 def _matrix(tensor: Tensor, block: Block, factors: Sequence[Any] | None, isometric: bool) -> Asking:

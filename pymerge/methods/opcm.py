@@ -11,9 +11,9 @@ come before the singular values exceed the share α of their sum. All other tens
 
 The authors rescale after every step, by a factor that they multiply in again before the next. It
 changes neither U, V nor s*, so that it cancels but for the last one: a matrix passes through all
-its steps by itself, and only the norms need the whole model. The arithmetic is float64: with
-eigenvectors V of ``AᵀA`` the step is ``A ← A·(1 − V·Σ⁻¹·B·Vᵀ) + τ``, B what P takes out of
-``Uᵀ·τ·V = Σ⁻¹·Vᵀ·(Aᵀτ)·V``, so that U is never formed.
+its steps by itself, and only the norms need the whole model. A step is ``A ← A + τ − U·B·Vᵀ``, B
+what P takes out of ``Uᵀ·τ·V``: no more than its diagonal and leading block, so that the thin U and
+V will do. A, the eigenvectors V of ``AᵀA`` and ``U = A·V·Σ⁻¹`` are float64.
 
 The order matters: the authors shuffle the models, here the recipe tells it. Departures from the
 official code: beyond A's rank (``σ < 10⁻⁶·σ₁``) there are no pairs of singular vectors, and nothing
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 #: Singular values below this share of the largest are zero.
 CUT = 1e-6
-#: Rows of a product that are converted to float64 at a time.
+#: Rows that are taken at a time, in float64.
 CHUNK = 1024
 
 SPEC = MethodSpec(
@@ -108,12 +108,13 @@ class Squares(NamedTuple):
 
 def _cost(rows: int, columns: int, num_models: int) -> Cost:
     short, long = sorted((rows, columns))
-    # A in float64 and a task vector, or A in float32; the Gram matrix, its vectors and what their
-    # solver holds; rows in float64.
-    num_bytes = (8 + FLOAT) * rows * columns + 5 * 8 * short**2 + 8 * CHUNK * short
+    # A in float64 and a task vector; beside them first the Gram matrix, its vectors and what their
+    # solver holds, then U with the task vector's image, V, and what is taken out.
+    num_bytes = (8 + FLOAT) * rows * columns + 8 * CHUNK * short
+    num_bytes += max(5 * 8 * short**2, 2 * FLOAT * rows * columns + 5 * FLOAT * short**2)
     steps = max(num_models - 1, 0)
-    products = 5.0 * long * short**2 + 6.0 * short**3
-    return Cost(num_bytes, 0.0, steps * products, steps * 9.0 * short**3)
+    product = steps * long * short**2
+    return Cost(num_bytes, 4.0 * product, 3.0 * product, steps * 9.0 * short**3)
 
 
 def measure_model(tensors: Sequence[Tensor]) -> ModelMeasuring:
@@ -225,58 +226,57 @@ class Recursion:
         return square
 
     def _step(self, tall: torch.Tensor, tau: torch.Tensor) -> None:
-        """``A ← A − A·left·right + τ``, for both with the short side in columns."""
+        """``A ← A + τ − U·B·Vᵀ``, both with the short side in columns."""
         pair = self._along(tall, tau)
-        whole = None
-        if pair is not None and 2 * pair[0].shape[1] > tall.shape[1]:
-            whole = self._ws.matmul(*pair)
-            pair = None
 
-        def panel(rows: slice) -> None:
+        def put(rows: slice) -> None:
             part = tall[rows]
-            if whole is not None:
-                part -= part @ whole
-            elif pair is not None:
-                part -= part @ pair[0] @ pair[1]
+            if pair is not None:
+                part -= pair[0][rows] @ pair[1]
             part += tau[rows]
 
-        self._ws.map(panel, self._ws.panels(len(tall)))
+        self._ws.map(put, self._ws.panels(len(tall)))
 
     def _along(
         self, tall: torch.Tensor, tau: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """``V·Σ⁻¹`` [n, r] and ``B·Vᵀ`` [r, n]; None where A is zero or not finite."""
+        """U [m, r] and ``B·Vᵀ`` [r, n]; None where A is zero or not finite. U and V are found in
+        float64; they are orthonormal, so that what follows is float32."""
+        ws = self._ws
+        found = self._directions(tall)
+        if found is None:
+            return None
+        sigma, vectors = found
+        block = leading(sigma, self._alpha)
+        right = vectors.float()
+        left = ws.empty(len(tall), len(sigma))
+        image = ws.empty(len(tall), block)
+
+        def project(rows: slice) -> torch.Tensor:
+            u = tall[rows] @ vectors
+            u /= sigma
+            left[rows] = u
+            along = tau[rows] @ right
+            image[rows] = along[:, :block]
+            return (u[:, block:] * along[:, block:]).sum(0)
+
+        diagonal = sum(ws.map(project, ws.panels(len(tall)))).float()
+        taken = ws.empty(len(sigma), tall.shape[1])
+        inner = ws.matmul(left[:, :block].t(), image)
+        ws.matmul(inner, right[:, :block].t(), out=taken[:block])
+        taken[block:] = (right[:, block:] * diagonal).t()
+        return left, taken
+
+    def _directions(self, tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The singular values [r] that are not zero and their right vectors [n, r], float64; None
+        where A is zero or not finite."""
         from pymerge.ops.matrix.gram import gram
         from pymerge.ops.matrix.spectrum import gram_eigh
 
         values, vectors = gram_eigh(gram(tall, self._ws, side="columns"), self._ws)
         sigma = values.sqrt()
         rank = int((sigma > CUT * sigma[:1]).sum())
-        if not rank:
-            return None
-        sigma, vectors = sigma[:rank], vectors[:, :rank]
-        block = leading(sigma, self._alpha)
-        image = self._ws.matmul(self._cross(tall, tau), vectors)
-        right = self._ws.empty(rank, tall.shape[1], dtype="float64")
-        inner = self._ws.matmul(vectors[:, :block].t(), image[:, :block])
-        inner /= sigma[:block, None]
-        self._ws.matmul(inner, vectors[:, :block].t(), out=right[:block])
-        diagonal = (vectors[:, block:] * image[:, block:]).sum(0) / sigma[block:]
-        right[block:] = (vectors[:, block:] * diagonal).t()
-        return vectors / sigma, right
-
-    def _cross(self, tall: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        """``Aᵀτ`` [n, n]."""
-        size = tall.shape[1]
-        total = self._ws.zeros(size, size, dtype="float64")
-        for rows in self._ws.panels(len(tall), CHUNK if self._ws.on_host else None):
-            chunk = tau[rows].double()
-
-            def strip(part: slice, rows: slice = rows, chunk: torch.Tensor = chunk) -> None:
-                total[part].addmm_(tall[rows, part].t(), chunk)
-
-            self._ws.map(strip, self._ws.panels(size))
-        return total
+        return (sigma[:rank], vectors[:, :rank]) if rank else None
 
 
 def leading(sigma: torch.Tensor, alpha: float) -> int:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pymerge.methods.layout import LAYOUT
@@ -151,19 +152,19 @@ def optmerge(tensor: Tensor) -> Apply | Solving:
         start = yield from matrix.total([weight] * count)
         found = yield Solve(lambda: Quadratic(start, matrix.ws))
         for model in range(count):
-            tau = yield from matrix.delta(model)
-            yield Solve(lambda tau=tau: _add(found, tau, matrix, 1 / (count * weight)))
-            del tau
+            held = [(yield from matrix.delta(model))]
+            yield Solve(partial(_add, found, held, matrix, 1 / (count * weight)))
         return (yield Solve(lambda: _solution(found, parameters)))
 
     return merge_matrices(tensor, solve, isometric=parameters["optimizer"] == "sgd")
 
 
-def _add(found: Quadratic, tau: torch.Tensor, matrix: Matrix, share: float) -> None:
-    """One more task; the mean task vector is ``share`` times the start. ``tau`` is overwritten."""
+def _add(found: Quadratic, held: list[torch.Tensor], matrix: Matrix, share: float) -> None:
+    """One more task, taken out of the list; the mean task vector is ``share`` times the start."""
     from pymerge.ops.matrix import truncated_svd
 
     ws = matrix.ws
+    tau = held.pop()
     norm = found.norm(tau)
     if not found.finite or norm == 0:
         return

@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from pymerge.formats import F32, Format
 from pymerge.methods.spec import MethodSpec, ParameterValue
 from pymerge.ops.opset import OpSet
 from pymerge.ops.view import View
@@ -199,8 +200,9 @@ class Extra(NamedTuple):
 
     It has one row, or one for each model, along NAME's elements: with ``bits`` None a number in the
     output's format for each element, else so many bits (which divide 8), a byte's lowest first; a
-    row begins with a byte. The shape is NAME's, or [num_models, bytes of a row] of U8. Rows come as
-    views of bytes where there are bits.
+    row begins with a byte. The shape is NAME's, [num_models, *NAME's], or of bits [num_models,
+    bytes of a row] of U8. Rows come as views of bytes where there are bits. ``where`` tells which
+    tensors have it, if not all.
 
     With ``shape`` it is a tensor of that shape in the output's format, or none where the function
     answers None; the method gives its bytes as a whole, in ``Apply.wholes``.
@@ -210,6 +212,44 @@ class Extra(NamedTuple):
     per_model: bool
     bits: int | None
     shape: Callable[[Tensor], tuple[int, ...] | None] | None = None
+    where: Callable[[Tensor], bool] | None = None
+
+    def shape_of(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """The shape of a tensor's extra, None where it has none; bits are bytes."""
+        if self.shape is not None:
+            return self.shape(tensor)
+        if self.where is not None and not self.where(tensor):
+            return None
+        rows = (tensor.num_models,) if self.per_model else ()
+        if self.bits is None:
+            return (*rows, *tensor.shape)
+        return (
+            tensor.num_models if self.per_model else 1,
+            -(-tensor.num_elements * self.bits // 8),
+        )
+
+
+class Beside(NamedTuple):
+    """A merged tensor that others stand beside: the numbers kept with it, and the shapes of the
+    others by their suffix."""
+
+    tensor: Tensor
+    values: Sequence[float]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+class Description(NamedTuple):
+    """The file that tells what stands beside a model.
+
+    ``content(method, models, tensors, files)`` gives the object that it holds, of the names of the
+    models, of the merged tensors that have extras and of the files that these are in. ``title`` and
+    ``use`` say on the model's card what the folder is, before the list of the models.
+    """
+
+    file_name: str
+    content: Callable[[Method, Sequence[str], Sequence[Beside], Sequence[str]], Mapping[str, Any]]
+    title: str
+    use: str
 
 
 def _unheard(sentence: str) -> None:
@@ -225,7 +265,9 @@ class Tensor:
     which stay theirs where a tensor is merged without a model that lacks it. ``state`` is what the
     method's model-wide measurement returned. ``transposed`` says that the tensor is stored as
     [inputs, outputs]. ``statistics`` are each model's numbers beside it (rows seen, the norm of the
-    whole), for a method that reads statistics. ``workspace`` and ``store`` are there while the
+    whole), for a method that reads statistics. ``format`` is the output's. ``siblings`` are the
+    shapes of the tensors of the same module, this one among them, by the last parts of their names.
+    ``workspace`` and ``store`` are there while the
     tensor is merged, not while a plan is made; then ``warn`` takes sentences for the user about
     what was found in the tensor, which any thread may give.
     """
@@ -242,6 +284,8 @@ class Tensor:
     state: Any = None
     transposed: bool = False
     statistics: Sequence[float] = ()
+    format: Format = F32
+    siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     workspace: Workspace | None = None
     store: Store | None = None
     warn: Callable[[str], None] = _unheard
@@ -295,9 +339,10 @@ class Method:
     look at whole rows, else 1.
 
     ``check(tensors)`` objects to parameters that do not go together over a model, ``warnings``
-    tells what they bring about unasked, in sentences for the plan. A method with
-    ``extras`` gives a model for each task: its output is the base with the extras beside it, and
-    ``scales(tensors, values)`` makes of the numbers kept with each tensor a factor for each model.
+    tells what they bring about unasked, in sentences for the plan. The output of a method with
+    ``extras`` is a model with others beside it, which ``description`` describes; of one that gives
+    a model for each task ``scales(tensors, values)`` makes of the numbers kept with each tensor a
+    factor for each model.
     ``cost(tensor)`` is what a method of matrices takes for a tensor. ``reads`` names the statistics
     beside the models that it reads.
     """
@@ -316,6 +361,7 @@ class Method:
     cost: Callable[[Tensor], Cost] | None = None
     reads: Literal["gram", "fisher"] | None = None
     warnings: Callable[[Sequence[Tensor]], list[str]] = field(default=lambda tensors: [])
+    description: Description | None = None
 
 
 def decide(method: Method, tensor: Tensor, measure: Callable[[Any], Any]) -> Apply:
@@ -335,4 +381,8 @@ def answer(questions: Generator[Any, Any, Any], measure: Callable[[Any], Any]) -
             question = questions.send(reply)
         except StopIteration as stop:
             return stop.value
+        # Both may hold matrices, which live no longer than they are needed.
+        del reply
         reply = measure(question)
+        # What it holds is free for the next one.
+        del question

@@ -36,8 +36,6 @@ CUT = 1e-10
 CHUNK = 1024
 #: Columns of C that a device works on at a time; the host takes the workspace's panels.
 DEVICE_STRIP = 2048
-#: Workers whose tiles the costs count.
-WORKERS = 8
 
 
 class Quadratic:
@@ -54,8 +52,10 @@ class Quadratic:
         self.r = ws.zeros(rows, columns, dtype=dtype)
         self.finite = True
 
-    def add(self, tau: torch.Tensor) -> None:
-        """One more task, target and projector in one. ``tau`` is overwritten."""
+    def add(self, held: list[torch.Tensor]) -> None:
+        """One more task, target and projector in one; its task vector is taken out of the list and
+        overwritten, so that it is gone when the next one is gathered."""
+        tau = held.pop()
         norm = self.norm(tau)
         if not self.finite or norm == 0:
             return
@@ -72,8 +72,9 @@ class Quadratic:
         weight = (unit / norm) ** 2
         x = tau.to(self.c.dtype)
         m, n = x.shape
-        # (τ−S)(τᵀτ) costs 2mn² beside the other triangle of C, ((τ−S)τᵀ)τ costs 4m²n.
-        wide = 4 * m < 3 * n
+        # (τ−S)(τᵀτ) costs 2mn² beside the other triangle of C, ((τ−S)τᵀ)τ costs 4m²n; what is
+        # rounded in the second stays in the rows of τ, so square matrices take it too.
+        wide = m <= n
 
         def columns(part: slice) -> None:
             first = part.start if wide else 0
@@ -207,25 +208,16 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def build_flops(rows: int, columns: int, num_models: int) -> float:
     """Flops that adding ``num_models`` task vectors takes."""
     m, n = float(rows), float(columns)
-    each = m * n * n + 4 * m * m * n if 4 * m < 3 * n else 4 * m * n * n
+    each = m * n * n + 4 * m * m * n if m <= n else 4 * m * n * n
     return num_models * each
-
-
-def tile_bytes(rows: int, columns: int, *, height: int, per_element: int) -> int:
-    """Bytes of the workers' tiles: ``height`` rows of ``columns`` elements each."""
-    return min(WORKERS * height, rows + height) * columns * per_element
 
 
 def iterative_cost(rows: int, columns: int, num_models: int, products: float) -> Cost:
     """Of building in float32 and solving by ``products`` products of [m, n] with C: C, R and the
-    start with the task vector and its difference to it, and the workers' tiles."""
-    held = FLOAT * (columns**2 + 4 * rows * columns)
-    tiles = max(
-        tile_bytes(columns, columns, height=256, per_element=16),
-        tile_bytes(rows, max(rows, columns), height=256, per_element=16),
-    )
+    start with the task vector and its difference to it, which make room for the result."""
+    num_bytes = FLOAT * (columns**2 + 4 * rows * columns)
     flops = build_flops(rows, columns, num_models) + 2.0 * products * rows * columns**2
-    return Cost(held + tiles, flops)
+    return Cost(num_bytes, flops)
 
 
 def direct_cost(rows: int, columns: int, num_models: int, *, double: bool, eigen: bool) -> Cost:
@@ -234,11 +226,9 @@ def direct_cost(rows: int, columns: int, num_models: int, *, double: bool, eigen
     elements, square = rows * columns, columns**2
     # R, the start, the task vector, its difference to the start and a copy in float64.
     building = item * square + (2 * item + 2 * FLOAT + (8 if double else 0)) * elements
-    building += tile_bytes(max(rows, columns), max(rows, columns), height=256, per_element=16)
     # C as float64, LAPACK's vectors and its work, the vectors in order; or a copy and its factor.
     solving = (item + 5 * 8) * square + (item + 2 * FLOAT) * elements
     solving += 0 if eigen else 8 * elements
-    solving += tile_bytes(rows, columns, height=256, per_element=24)
     flops = build_flops(rows, columns, num_models)
     last = 4.0 * elements * columns + (0 if eigen else columns**3 / 3)
     return Cost(

@@ -10,6 +10,7 @@ from pymerge.errors import RecipeError
 from pymerge.methods.protocol import (
     Apply,
     Cost,
+    Description,
     Extra,
     Measuring,
     Method,
@@ -69,6 +70,7 @@ def method(
     cost: Callable[[Tensor], Cost] | None = None,
     reads: Literal["gram", "fisher"] | None = None,
     warnings: Callable[[Sequence[Tensor]], list[str]] = lambda tensors: [],
+    description: Description | None = None,
 ) -> Callable[[Merge], Merge]:
     """Register the decorated function as the ``merge`` of ``spec.name``."""
 
@@ -93,6 +95,7 @@ def method(
             cost,
             reads,
             warnings,
+            description,
         )
         return merge
 

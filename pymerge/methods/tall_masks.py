@@ -17,7 +17,7 @@ from pymerge.methods.parameters import by_name
 from pymerge.methods.protocol import Applied, Apply, Tensor, Tile
 from pymerge.methods.registry import method
 from pymerge.methods.spec import MethodSpec
-from pymerge.methods.task_outputs import MASKS, VECTOR
+from pymerge.methods.task_outputs import MASKS, TASKS, VECTOR
 from pymerge.ops.view import View
 
 SPEC = MethodSpec(
@@ -31,7 +31,12 @@ SPEC = MethodSpec(
 )
 
 
-@method(SPEC, ops=("convert", "axpy_n", "tall_masks"), extras=(VECTOR, MASKS))
+@method(
+    SPEC,
+    ops=("convert", "axpy_n", "tall_masks"),
+    extras=(VECTOR, MASKS),
+    description=TASKS,
+)
 def tall_masks(tensor: Tensor) -> Apply:
     """One pass writes base, vector and masks."""
     ops, thresholds = tensor.ops, tensor.each("lambda_t")

@@ -13,7 +13,7 @@ that the float32 SVD of the authors' code is good to 1e-5 here. Departures from 
   Those of an SVD are arbitrary there, and of task vectors of low rank most of the result would be
   what LAPACK fills in.
 - Where U or V are dependent (models that are copies of others) the inverse roots leave those
-  directions out; where they nearly are (smallest singular value below 10⁻⁴) a warning says so.
+  directions out. Where more than 1 % of their singular values are below 10⁻⁴ a warning says so.
 - k is exact where the authors' ``int(r·(1/N))`` may be one less.
 
 With more models than rows or columns k is 0 and the matrix stays the base's, with a warning.

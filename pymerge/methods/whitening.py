@@ -52,7 +52,8 @@ def whitened(
     depend on others share their direction. Stacks that are not finite give NaN.
 
     :param stacks: float64 [k, columns] of unit vectors.
-    :param warn: hears of stacks that are nearly dependent.
+    :param warn: hears of stacks of which more than one row in a hundred nearly depends on others: a
+        direction or two of thousands may by chance.
     """
     from pymerge.ops.matrix.gram import gram
     from pymerge.ops.matrix.products import product
@@ -60,12 +61,12 @@ def whitened(
     grams = [gram(stack, ws, side="rows") for stack in stacks]
     found = ws.map(lambda g: _inverse_root(g, ws), grams)
     del grams
-    smallest = min(value for _, value in found)
-    if smallest < NEARLY_DEPENDENT:
+    counts = [count for _, count in found]
+    if any(100 * count > len(stack) for count, stack in zip(counts, stacks, strict=True)):
         warn(
-            "singular vectors of different models are nearly the same (smallest singular value of "
-            f"all of them {smallest:.1e}, below {NEARLY_DEPENDENT:.0e}): the merged matrix "
-            "depends on tiny differences; leave out models that are almost copies of others"
+            f"of {max(map(len, stacks))} singular vectors of different models {max(counts)} nearly "
+            f"depend on the others (singular values below {NEARLY_DEPENDENT:.0e}), so that small "
+            "differences decide; leave out models that are almost copies of others"
         )
     results = []
     for stack, (root, _) in zip(stacks, found, strict=True):
@@ -73,19 +74,19 @@ def whitened(
     return results
 
 
-def _inverse_root(g: torch.Tensor, ws: Workspace) -> tuple[torch.Tensor, float]:
-    """The pseudo-inverse square root of a Gram matrix, and the root of its smallest eigenvalue."""
+def _inverse_root(g: torch.Tensor, ws: Workspace) -> tuple[torch.Tensor, int]:
+    """The pseudo-inverse square root of a Gram matrix, and how many eigenvalues are nearly 0."""
     from pymerge.ops.matrix.gram import gram
     from pymerge.ops.matrix.spectrum import gram_eigh
 
     if not len(g):
-        return g, 1.0
+        return g, 0
     values, vectors = gram_eigh(g, ws)
-    smallest = float(values[-1]) ** 0.5
-    if smallest != smallest:
-        return vectors, smallest
+    if bool(values.isnan().any()):
+        return vectors, 0
+    num_small = int((values < NEARLY_DEPENDENT**2).sum())
     kept = values > CUT * CUT * values[0]
     half = vectors[:, kept]
     del vectors
     half *= values[kept].pow(-0.25)
-    return gram(half, ws, side="rows"), smallest
+    return gram(half, ws, side="rows"), num_small

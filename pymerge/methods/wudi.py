@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pymerge.methods.layout import LAYOUT
@@ -173,9 +174,8 @@ def wudi(tensor: Tensor) -> Apply | Solving:
         start = yield from matrix.total([1.0] * matrix.num_models)
         found = yield Solve(lambda: Quadratic(start, matrix.ws, kind))
         for model in range(matrix.num_models):
-            tau = yield from matrix.delta(model)
-            yield Solve(lambda tau=tau: found.add(tau))
-            del tau
+            held = [(yield from matrix.delta(model))]
+            yield Solve(partial(found.add, held))
         return (yield Solve(lambda: solution(found, matrix, how)))
 
     return merge_matrices(tensor, solve, isometric=how != "adam")
@@ -190,7 +190,9 @@ def solution(found: Quadratic, matrix: Matrix, how: str) -> torch.Tensor:
     if how == "adam":
         return found.adam(int(parameters["steps"]), float(parameters["lr"]))
     if how == "ridge":
-        return found.ridge(float(parameters["ridge"]))
+        # In core space the diagonal has fewer elements and the same sum.
+        share = matrix.columns / matrix.block.columns
+        return found.ridge(float(parameters["ridge"]) * share)
     if how == "closed":
         return found.spectral(lambda values: 1 / values)
     time = float(parameters["time"])

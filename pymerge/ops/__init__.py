@@ -42,6 +42,7 @@ from pymerge.ops.cpu import (
     tall_masks,
     use_isa,
     variance_score,
+    weighted_mean,
 )
 from pymerge.ops.dispatch import choose
 from pymerge.ops.opset import OpSet, choose_ops
@@ -95,4 +96,5 @@ __all__ = [
     "use_isa",
     "variance_score",
     "view",
+    "weighted_mean",
 ]

@@ -527,3 +527,19 @@ def adam_step(
     )
     count: int = _kernels().adam_step(theta, first, second, gradient, numbers)
     return count
+
+
+def weighted_mean(
+    out: View,
+    models: Sequence[View],
+    weights: Sequence[View],
+    coefficients: Sequence[float],
+    floors: Sequence[float],
+    *,
+    mode: str,
+) -> int:
+    _, factors, floors = arguments.weighted_mean(
+        out, models, weights, coefficients, floors, mode=mode
+    )
+    count: int = _kernels().weighted_mean(out, models, weights, factors, floors, mode == "add")
+    return count

@@ -615,3 +615,22 @@ def adam_step(
         return 0
     count: int = kernels.adam_step(theta, first, second, gradient, numbers)
     return count
+
+
+def weighted_mean(
+    out: View,
+    models: Sequence[View],
+    weights: Sequence[View],
+    coefficients: Sequence[float],
+    floors: Sequence[float],
+    *,
+    mode: str,
+) -> int:
+    num, factors, floors = arguments.weighted_mean(
+        out, models, weights, coefficients, floors, mode=mode
+    )
+    kernels = _kernels("weighted_mean")
+    if not num:
+        return 0
+    count: int = kernels.weighted_mean(out, models, weights, factors, floors, mode == "add")
+    return count

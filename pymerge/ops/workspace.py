@@ -26,6 +26,76 @@ PANEL = 256
 DEVICE_PANEL = 8192
 
 _thread = threading.local()
+_lock = threading.Lock()
+
+
+@contextmanager
+def _full_precision(torch: Any) -> Iterator[None]:
+    """Products of float32 in float32. Torch keeps this for the whole process, so the first who
+    comes here sets it and the last who leaves sets it back."""
+    with _lock:
+        if not _Precision.users:
+            _Precision.before = _Precision.get(torch)
+            _Precision.put(torch, _Precision.full(torch))
+        _Precision.users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _Precision.users -= 1
+            if not _Precision.users:
+                _Precision.put(torch, _Precision.before)
+
+
+class _Precision:
+    """Torch's settings of the precision of products, by the names that this version has."""
+
+    users = 0
+    before: Any = None
+
+    @staticmethod
+    def _places(torch: Any) -> list[Any]:
+        places = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        return [place for place in places if hasattr(place, "fp32_precision")]
+
+    @classmethod
+    def full(cls, torch: Any) -> Any:
+        return ["ieee"] * len(cls._places(torch)) or "highest"
+
+    @classmethod
+    def get(cls, torch: Any) -> Any:
+        # Where there are newer names, asking by the older one may be an error.
+        found = [place.fp32_precision for place in cls._places(torch)]
+        return found or torch.get_float32_matmul_precision()
+
+    @classmethod
+    def put(cls, torch: Any, value: Any) -> None:
+        if isinstance(value, str):
+            torch.set_float32_matmul_precision(value)
+            return
+        for place, each in zip(cls._places(torch), value, strict=True):
+            place.fp32_precision = each
+
+
+def _set_threads(torch: Any, num: int) -> None:
+    """The threads of this thread's BLAS calls. Torch gives the number that was set last to every
+    thread that calls it for the first time later: a thread made for it sets that one back."""
+    known, done = threading.Event(), threading.Event()
+
+    def keep() -> None:
+        of_others = torch.get_num_threads()
+        known.set()
+        done.wait()
+        torch.set_num_threads(of_others)
+
+    with _lock:
+        keeper = threading.Thread(target=keep, name="pymerge-keeper")
+        keeper.start()
+        known.wait()
+        torch.get_num_threads()  # or the thread's first call takes the number of others later on
+        torch.set_num_threads(num)
+        done.set()
+        keeper.join()
 
 
 class Workspace:
@@ -46,7 +116,6 @@ class Workspace:
         self.device = torch.device(device)
         self.threads = threads if self.on_host else 1
         self._check = check
-        self._before = torch.get_num_threads()
         self._pool: ThreadPoolExecutor | None = None
         if self.threads > 1:
             self._pool = ThreadPoolExecutor(
@@ -59,32 +128,32 @@ class Workspace:
 
     def _start_worker(self) -> None:
         _thread.working = True
-        self._torch.set_num_threads(1)
+        _set_threads(self._torch, 1)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Everything that computes with the workspace runs inside: on the host this thread's BLAS
         calls take one thread, on a device they go there in full float32."""
         torch = self._torch
-        precision = torch.get_float32_matmul_precision()
         here: AbstractContextManager[Any] = (
             nullcontext() if self.on_host else torch.cuda.device(self.device)
         )
         before = torch.get_num_threads()
-        with here, torch.no_grad():
-            if precision != "highest":
-                torch.set_float32_matmul_precision("highest")
-            if self.on_host:
-                torch.set_num_threads(1)
+        alone = self.on_host and before != 1
+        with here, torch.no_grad(), _full_precision(torch):
+            if alone:
+                _set_threads(torch, 1)
             try:
                 yield
-                if not self.on_host:
-                    torch.cuda.synchronize(self.device)
+                self.settle()
             finally:
-                if self.on_host:
-                    torch.set_num_threads(before)
-                if precision != "highest":
-                    torch.set_float32_matmul_precision(precision)
+                if alone:
+                    _set_threads(torch, before)
+
+    def settle(self) -> None:
+        """Wait until what this workspace began on its device is done: other streams see it then."""
+        if not self.on_host:
+            self._torch.cuda.synchronize(self.device)
 
     def check(self) -> None:
         """Give up here if the run is ending."""
@@ -138,7 +207,6 @@ class Workspace:
         """End the workers."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
-            self._torch.set_num_threads(self._before)
 
     def __enter__(self) -> Workspace:
         return self

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pymerge.checkpoint import AdapterTensor, Checkpoint, Header, ShardLayout, TensorEntry
 from pymerge.formats import F32, Format
-from pymerge.methods.protocol import NO_COST, SPAN, Cost, Method, Store, Tensor
+from pymerge.methods.protocol import NO_COST, SPAN, Cost, Description, Method, Store, Tensor
 from pymerge.methods.spec import ParameterValue
 from pymerge.ops.opset import OpSet
 from pymerge.ops.workspace import Workspace
@@ -84,7 +84,8 @@ class Job:
     of elements that every tile holds a multiple of. ``parts`` are what the method puts beside it.
     ``cost`` is what its matrices take. ``transposed`` says that it is stored as [inputs, outputs].
     ``statistics`` are what was collected beside each model for it, or nothing, and
-    ``statistic_numbers`` the number that goes with each.
+    ``statistic_numbers`` the number that goes with each. ``siblings`` are the shapes of its
+    module's tensors.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Job:
     transposed: bool = False
     statistics: tuple[TensorEntry, ...] = ()
     statistic_numbers: tuple[float, ...] = ()
+    siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def inputs(self, models: tuple[int, ...] | None = None) -> Inputs:
         """What a look reads: everything, or the base and the models of these indices alone."""
@@ -203,6 +205,8 @@ class Job:
             state=state,
             transposed=self.transposed,
             statistics=self.statistic_numbers,
+            format=self.format,
+            siblings=self.siblings,
             workspace=workspace,
             store=store,
         )
@@ -319,9 +323,14 @@ class Plan:
     def task_shards(self) -> tuple[ShardLayout, ...]:
         return self.shards[len(self.model_shards) :]
 
+    @property
+    def description(self) -> Description | None:
+        """The file that describes what stands beside the model; usually nothing does."""
+        return self.method.description if self.num_task_shards else None
+
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that the output has a model for each of, in order; usually none."""
+        """The models that something beside the output is of, in order; usually none."""
         return tuple(dict.fromkeys(n for job in self.jobs if job.parts for n in job.model_names))
 
     @cached_property

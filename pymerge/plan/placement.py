@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pymerge.checkpoint import TASKS_STEM, OutputTensor, ShardLayout, plan_shards
 from pymerge.formats import FORMATS
-from pymerge.methods.protocol import Cost, Extra, Method
+from pymerge.methods.protocol import Cost, Method
 from pymerge.ops.opset import OpSet
 from pymerge.plan.model import Job, Part
 
@@ -30,6 +30,8 @@ def place(drafts: Sequence[Job], method: Method, ops: OpSet, shard_bytes: int) -
     :raises PlanError: there is nothing to write, or a header would be too long.
     """
     models = plan_shards([OutputTensor(d.name, d.format, d.shape) for d in drafts], shard_bytes)
+    modules = _modules(drafts)
+    drafts = [replace(draft, siblings=modules[draft.name.rpartition(".")[0]]) for draft in drafts]
     drafts = [
         replace(draft, parts=tuple(_parts(draft, method, ops)), cost=_cost(draft, method, ops))
         if draft.kind == "merge"
@@ -73,26 +75,26 @@ def _cost(draft: Job, method: Method, ops: OpSet) -> Cost:
     return Cost() if method.cost is None else method.cost(draft.tensor(ops))
 
 
+def _modules(drafts: Sequence[Job]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of each module's tensors by the last parts of their names."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for draft in drafts:
+        module, _, last = draft.name.rpartition(".")
+        modules.setdefault(module, {})[last] = draft.shape
+    return modules
+
+
 def _parts(draft: Job, method: Method, ops: OpSet) -> Iterator[Part]:
-    """The parts of a draft; where an extra has a shape of its own, for the tensors that have it."""
+    """The parts of a draft, of the extras that it has."""
+    tensor = draft.tensor(ops)
     for extra in method.extras:
-        if extra.shape is None:
-            yield _part(draft, extra)
+        shape = extra.shape_of(tensor)
+        if shape is None:
             continue
-        shape = extra.shape(draft.tensor(ops))
-        if shape is not None:
-            name = f"{draft.name}.{extra.suffix}"
-            yield Part(name, draft.format, shape, 0, draft.format.bits, extra.suffix)
-
-
-def _part(draft: Job, extra: Extra) -> Part:
-    rows = len(draft.models) if extra.per_model else 1
-    name = f"{draft.name}.{extra.suffix}"
-    if extra.bits is None:
-        shape = (rows, *draft.shape) if extra.per_model else draft.shape
-        return Part(name, draft.format, shape, rows, draft.format.bits, extra.suffix)
-    row_bytes = -(-draft.num_elements * extra.bits // BYTE_BITS)
-    return Part(name, FORMATS["U8"], (rows, row_bytes), rows, extra.bits, extra.suffix)
+        rows = 0 if extra.shape else len(draft.models) if extra.per_model else 1
+        format = draft.format if extra.bits is None else FORMATS["U8"]
+        bits = draft.format.bits if extra.bits is None else extra.bits
+        yield Part(f"{draft.name}.{extra.suffix}", format, shape, rows, bits, extra.suffix)
 
 
 def _granule(draft: Job, method: Method, ops: OpSet) -> int:

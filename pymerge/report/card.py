@@ -26,6 +26,16 @@ class CardModel:
         return self.hub_id.partition("@")[0] if self.hub_id else None
 
 
+@dataclass(frozen=True)
+class CardBeside:
+    """What a folder holds beside its model: a heading, how it is used, and the models it is of, by
+    their references."""
+
+    title: str
+    use: str
+    models: Sequence[str]
+
+
 def model_card(
     *,
     title: str,
@@ -35,10 +45,10 @@ def model_card(
     recipe: str,
     dtype: str,
     num_tensors: int,
-    tasks: Sequence[str] = (),
+    beside: CardBeside | None = None,
 ) -> str:
     """The card's Markdown text. ``dtype`` names the format that most of the weights are stored in,
-    ``tasks`` the models that the folder has one model for each of, by their references.
+    ``beside`` is what the folder holds beside its model.
 
     Models without a hub id appear by their folder's name only, and never in the front matter.
     """
@@ -53,7 +63,7 @@ def model_card(
         lines += [f"The method is described in {_link(method.paper)}.", ""]
     lines += ["## Merged models", ""]
     lines += [f"- {_display(model)}{' (base)' if model == base else ''}" for model in inputs]
-    lines += _task_lines(tasks)
+    lines += [] if beside is None else _beside_lines(beside)
     fence = _fence(recipe)
     lines += ["", "## Recipe", "", f"{fence}yaml", recipe.rstrip("\n"), fence, ""]
     lines += [
@@ -68,19 +78,9 @@ def model_card(
     return "\n".join(lines)
 
 
-def _task_lines(tasks: Sequence[str]) -> list[str]:
-    if not tasks:
-        return []
-    return [
-        "",
-        "## Tasks",
-        "",
-        "As it loads, this folder is the base model. Beside it lies what makes it the model of one "
-        "task: `pymerge materialize FOLDER TASK DEST` writes that as a model of its own, "
-        '`pymerge.load_task("FOLDER", TASK)` gives its tensors in Python. The tasks, by number:',
-        "",
-        *(f"- {number}: `{PurePath(task).name}`" for number, task in enumerate(tasks)),
-    ]
+def _beside_lines(beside: CardBeside) -> list[str]:
+    names = [f"- {number}: `{PurePath(name).name}`" for number, name in enumerate(beside.models)]
+    return ["", f"## {beside.title}", "", beside.use, "", *names]
 
 
 def _front_matter(inputs: Sequence[CardModel]) -> str:

@@ -67,7 +67,7 @@ def _load(entry: TensorEntry, delta: Delta | None, scale: float, executor: Execu
         return result
     code, size = entry.format.code, entry.format.num_bytes
     if delta is None or code is None:
-        _read(entry, 0, result.reshape(-1).view(torch.uint8).numpy())
+        read_into(entry, 0, result.reshape(-1).view(torch.uint8).numpy())
         return result
     whole = View(result.data_ptr(), code, result.numel())
     length = min(PIECE, whole.num)
@@ -87,13 +87,13 @@ def _read_piece(
     for each, memory in zip((entry, *delta), scratch, strict=True):
         bits, code = each.format.bits, each.format.code
         piece = memory[: -(-num * bits // 8)]
-        _read(each, first * bits // 8, piece)
+        read_into(each, first * bits // 8, piece)
         num_items, kind = (piece.size, BYTES) if code is None else (num, code)
         views.append(View(piece.ctypes.data, kind, num_items))
     return views
 
 
-def _read(entry: TensorEntry, first_byte: int, into: np.ndarray[Any, Any]) -> None:
+def read_into(entry: TensorEntry, first_byte: int, into: np.ndarray[Any, Any]) -> None:
     """Fill memory with a tensor's bytes. Raises StorageError."""
     left = memoryview(into.data)
     try:

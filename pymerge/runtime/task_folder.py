@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, NoReturn
 
 from pymerge.checkpoint import (
     TASKS_FILE,
-    TASKS_NAME,
     Checkpoint,
     TensorEntry,
     open_checkpoint,
@@ -24,7 +23,8 @@ from pymerge.checkpoint import (
 from pymerge.checkpoint.config import read_json_object
 from pymerge.errors import CheckpointError, PymergeError
 from pymerge.formats import BITS, FORMATS
-from pymerge.methods.task_outputs import MASKS, TASKS_FORMAT, VECTOR
+from pymerge.methods.smile_outputs import SMILE_NAME
+from pymerge.methods.task_outputs import MASKS, TASKS_FORMAT, TASKS_NAME, VECTOR
 from pymerge.names import shown
 
 
@@ -101,6 +101,11 @@ def open_tasks(folder: Path | str) -> TaskFolder:
     """
     checkpoint = open_checkpoint(os.fspath(folder))
     if checkpoint.folder is None or not is_task_folder(checkpoint):
+        if checkpoint.folder is not None and (checkpoint.folder / SMILE_NAME).is_file():
+            raise CheckpointError(
+                f"{folder}: expected {TASKS_NAME}, found {SMILE_NAME}: a merge by smile is one "
+                "model that has an expert for each task; pymerge.load_smile loads it"
+            )
         raise CheckpointError(
             f"{folder}: expected {TASKS_NAME}, as a merge by emr or tall_masks writes it, found "
             "none; a folder of any other method is one model, which loads as it is"

@@ -24,7 +24,7 @@ from pymerge.ops.view import View
 
 FAMILIES = (
     *("adam", "axpy", "convert", "elementwise", "gram", "merge", "pcb", "rows", "selection"),
-    "spans",
+    *("spans", "weighted_mean"),
 )
 ALIGNED = 0x7F00_0000_0000
 NUM = 1 << 20

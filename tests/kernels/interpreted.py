@@ -369,6 +369,11 @@ def maps_of_methods() -> None:
         measured("overlap_counts", base, models, epsilon=0.01)
         written("overlap_merge", BF16, num, 0, base, models, [0.5, 1.0, 2.0], epsilon=0.01)
         written("magmax_merge", BF16, num, 0, base, models, scale=0.7)
+        diagonals = tiles([F32, F32, F16], num, 0, special=special)
+        numbers = ([1.0, 0.5, 2.0], [1e-3, 0.0, 0.5])
+        for mode in ("add", "max"):
+            written("weighted_mean", BF16, num, 0, models, diagonals, *numbers, mode=mode)
+            written("weighted_mean", F32, num, 0, models, models[::-1], *numbers, mode=mode)
         limits = [0.4, 0.9, 0.0]
         for minimum in (2, 3):
             options = {"minimum": minimum, "scale": 0.7}

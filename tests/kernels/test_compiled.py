@@ -145,6 +145,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "elect_masks": lambda: masks("ELECT"),
     "pcb_merge": lambda: pcb("raw"),
     "adam_step": lambda: K["adam"].adam_step(*views(4, F32.code), [0.1, 0.999, 0.001, 1e-5, 1e-8]),
+    "weighted_mean": lambda: K["weighted_mean"].weighted_mean(
+        OUT, MODELS, views(4, F32.code), [0.5] * 4, [1e-6] * 4, True
+    ),
     "pcb_merge by pairs": lambda: pcb("pairwise"),
 }
 #: Compiled for both architectures by `make test`, for none, and the others for the newer one.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import pymerge
+from pymerge.methods import METHODS
 
 #: 64 rows of odd length, so that rows and spans and vectors all end in the middle of one another.
 SHAPE = (64, 131)
@@ -29,12 +30,19 @@ class Cell:
     parameters: dict[str, Any] = field(default_factory=dict)
     num_models: int = 3
     base: bool = True
+    diagonals: bool = False
 
 
 def _weighted(**parameters: Any) -> dict[str, Any]:
     return {"weight": [0.5, 0.3, 0.4], **parameters}
 
 
+def _gram(seed: int) -> torch.Tensor:
+    inputs = torch.randn(300, SHAPE[1], generator=torch.Generator().manual_seed(seed))
+    return inputs.T @ inputs / 300
+
+
+GRAMS = [_gram(seed) for seed in range(3)]
 CELLS = {
     "arcee_fusion": Cell("arcee_fusion", num_models=1),
     "breadcrumbs": Cell("breadcrumbs", _weighted(density=0.4, gamma=0.02)),
@@ -48,8 +56,14 @@ CELLS = {
     "della-official": Cell("della", _weighted(density=0.5, epsilon=0.2, preset="official")),
     "della_linear": Cell("della_linear", _weighted(density=0.5, epsilon=0.2)),
     "emr": Cell("emr"),
+    "fisher": Cell("fisher", _weighted(), base=False, diagonals=True),
+    "fisher-official": Cell("fisher", {"preset": "official"}, base=False, diagonals=True),
+    "iso_c": Cell("iso_c", _weighted(lambda_=1.5)),
+    "iso_cts": Cell("iso_cts"),
     "karcher": Cell("karcher", base=False),
+    "knots": Cell("knots"),
     "linear": Cell("linear", _weighted(), base=False),
+    "lore": Cell("lore", {"merge": "ties", "iterations": 3}, base=False),
     "magmax": Cell("magmax"),
     "model_stock": Cell("model_stock"),
     "model_stock-rows": Cell("model_stock", {"filter_wise": True}),
@@ -62,18 +76,24 @@ CELLS = {
         num_models=2,
     ),
     "nuslerp-rows": Cell("nuslerp", {"weight": [0.4, 0.7], "nuslerp_flatten": False}, num_models=2),
+    "opcm": Cell("opcm"),
+    "optmerge": Cell("optmerge", {"steps": 3}),
     "passthrough": Cell("passthrough", {"scale": 0.7}, num_models=1, base=False),
     "pcb": Cell("pcb"),
     "ram": Cell("ram"),
     "ramplus_tl": Cell("ramplus_tl"),
     "ramplus_tl-official": Cell("ramplus_tl", {"preset": "official"}),
+    "regmean": Cell("regmean", {"statistics": GRAMS}, base=False),
     "sce": Cell("sce", {"select_topk": 0.3}),
     "slerp": Cell("slerp", {"t": 0.3}, num_models=1),
     "tall_masks": Cell("tall_masks"),
     "task_arithmetic": Cell("task_arithmetic", _weighted(lambda_=0.9)),
+    "tsv_m": Cell("tsv_m"),
     "ties": Cell("ties", _weighted(density=0.3)),
     "ties-model": Cell("ties", _weighted(density=0.3, trim_scope="model")),
     "ties-official": Cell("ties", _weighted(density=0.3, preset="official")),
+    "wudi": Cell("wudi", {"steps": 5, "lr": 1e-4}),
+    "wudi-spectral": Cell("wudi", {"solver": "spectral"}),
     "ties-rescale": Cell("ties", _weighted(density=0.3, rescale=True)),
 }
 
@@ -93,12 +113,24 @@ def inputs(num_models: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return base, models
 
 
+def diagonals(num_models: int) -> list[torch.Tensor]:
+    """Squares over many magnitudes, as those of gradients are."""
+    generator = torch.Generator().manual_seed(12)
+    return [torch.exp(4 * torch.randn(SHAPE, generator=generator) - 9) for _ in range(num_models)]
+
+
 def digest(name: str, backend: str) -> str:
     """SHA-256 of the result of a cell."""
     cell = CELLS[name]
     base, models = inputs(cell.num_models)
+    given = {"statistics": diagonals(cell.num_models)} if cell.diagonals else {}
     result = pymerge.merge_tensor(
-        cell.method, base if cell.base else None, models, backend=backend, **cell.parameters
+        cell.method,
+        base if cell.base else None,
+        models,
+        backend=backend,
+        **given,
+        **cell.parameters,
     )
     found = hashlib.sha256()
     for part in result if isinstance(result, tuple) else (result,):
@@ -107,15 +139,36 @@ def digest(name: str, backend: str) -> str:
     return found.hexdigest()
 
 
+def values(name: str, backend: str) -> list[float]:
+    """What a cell of one tensor adds to the base, for methods whose bytes a device may change."""
+    cell = CELLS[name]
+    merged = pymerge.merge_tensor(
+        cell.method,
+        inputs(cell.num_models)[0] if cell.base else None,
+        inputs(cell.num_models)[1],
+        backend=backend,
+        out_dtype="float32",
+        **cell.parameters,
+    )
+    found: list[float] = (merged - inputs(0)[0].float()).flatten().tolist()
+    return found
+
+
 def main() -> None:
-    """Print name → digest, or the error's sentence, as JSON."""
+    """Print name → digest, or the error's sentence, as JSON; of methods of matrices the values of
+    their result, too."""
     backend = sys.argv[1]
-    found = {}
+    found: dict[str, Any] = {}
     for name in CELLS:
         try:
             found[name] = digest(name, backend)
         except pymerge.PymergeError as error:
             found[name] = f"error: {error}"
+        if METHODS[CELLS[name].method].cost is not None:
+            try:
+                found[f"{name}/values"] = values(name, backend)
+            except pymerge.PymergeError as error:
+                found[f"{name}/values"] = str(error)
     print(json.dumps(found))
 
 

@@ -219,6 +219,28 @@ def run_adam_step(backend: Any, memory: Memory) -> Results:
             yield f"{step} {name}", array.payload
 
 
+def run_weighted_mean(backend: Any, memory: Memory) -> Results:
+    """Weights of either sign, and none at all, so that denominators vanish."""
+    models, count = memory.views, len(memory.views)
+    by_model = [abs(x) for x in weights_of(memory.tile)]
+    zeros = memory.guarded(F32, np.zeros(memory.tile.num, np.float32).tobytes(), 4)
+    kinds = (
+        ("models", models[::-1], by_model, [1e-6] * count),
+        ("base", [memory.base.view] * count, [1.0] * count, [0.01, *[0.0] * (count - 1)]),
+        ("zeros", [zeros.view] * count, by_model, [0.0] * count),
+    )
+    for (name, weights, coefficients, floors), mode in some_of(
+        itertools.product(kinds, ("add", "max")), memory.tile
+    ):
+        out = memory.output()
+        label = f"{name} {mode}"
+        yield (
+            f"{label} count",
+            backend.weighted_mean(out.view, models, weights, coefficients, floors, mode=mode),
+        )
+        yield label, out.payload
+
+
 MAP_RUNS: dict[str, Run] = {
     "nearswap": run_nearswap,
     "variance_score": run_variance_score,
@@ -234,4 +256,5 @@ MAP_RUNS: dict[str, Run] = {
     "pcb_score": run_pcb_score,
     "pcb_merge": run_pcb_merge,
     "adam_step": run_adam_step,
+    "weighted_mean": run_weighted_mean,
 }

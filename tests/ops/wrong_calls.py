@@ -60,6 +60,11 @@ def adam(b: Any, *views: View, **options: Any) -> Any:
     return b.adam_step(*(views or (out, x, y, view(Z))), **given)
 
 
+def mean(b: Any, **options: Any) -> Any:
+    given = {"out": out, "models": [x], "weights": [y], "coefficients": [1], "floors": [0]}
+    return b.weighted_mean(**{**given, "mode": "add", **options})
+
+
 WRONG: dict[str, dict[str, tuple[Call, str]]] = {
     "axpy_n": {
         "no input": (lambda b: b.axpy_n(out, [], []), "at least one input, found none"),
@@ -317,6 +322,22 @@ WRONG: dict[str, dict[str, tuple[Call, str]]] = {
         "lr": (lambda b: adam(b, lr=-1), "lr is -1, expected zero or more"),
         "eps": (lambda b: adam(b, eps=INF), "eps is inf, expected a finite"),
         "step": (lambda b: adam(b, step=0), "step is 0, expected 1 to"),
+    },
+    "weighted_mean": {
+        "no model": (
+            lambda b: mean(b, models=[], weights=[], coefficients=[], floors=[]),
+            "at least one input, found none",
+        ),
+        "weights": (
+            lambda b: mean(b, weights=[y, y]),
+            "expected 1 weights, one per model, found 2",
+        ),
+        "counts": (lambda b: mean(b, weights=[short]), "input 1 has 7 elements"),
+        "overlap": (lambda b: mean(b, weights=[out]), "output overlaps input 1"),
+        "output": (lambda b: mean(b, out=F8_OUT), "cannot round to F8_E4M3"),
+        "coefficients": (lambda b: mean(b, coefficients=[]), "expected 1 coefficients"),
+        "floors": (lambda b: mean(b, floors=["a"]), "expected numbers as floors"),
+        "mode": (lambda b: mean(b, mode="min"), "mode is 'min', expected one of 'add', 'max'"),
     },
     "pcb_merge": {
         "cuts": (lambda b: pcb(b, cuts=[1, 2]), "expected 1 cuts"),

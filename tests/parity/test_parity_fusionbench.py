@@ -7,11 +7,17 @@ return, that in float64 it does, so that what reaches it is what the jobs below 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
+import pymerge
+
+import pymerge
 
 NUM_TASKS, EXAMPLES = 3, 40
 SHAPES = {"a.bias": (24,), "a.weight": (24, 16), "b.bias": (12,), "b.weight": (12, 24)}
@@ -242,3 +248,125 @@ def test_knots_basis_gives_the_deltas_back(merged: Merged) -> None:
             product = found[f"u/{name}"] * found[f"s/{name}"] @ found[f"vh/{i}/{name}"]
             # the parameters, below 1, were rounded to float32 before they were subtracted
             np.testing.assert_allclose(product, delta[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "theirs"), [("iso_c", "iso_c"), ("iso_cts", "iso_cts"), ("tsv_m", "tsvm")]
+)
+@pytest.mark.parametrize("name", SHAPES)
+def test_methods_of_singular_vectors(merged: Merged, method: str, theirs: str, name: str) -> None:
+    """Both round the parameters, and the task vectors that they are made of, to float32."""
+    base, *tasks = (values[name].astype(np.float32) for values in (BASE, *TASKS))
+    found, expected = pymerge.merge_tensor(method, base, tasks), merged[theirs][name].numpy()
+    assert np.linalg.norm(found - expected) < 2e-5 * np.linalg.norm(expected - base)
+
+
+SMILE_CASES: dict[str, dict[str, Any]] = {
+    "full-rank": {"k": 16, "gate_k": 2},
+    "low-rank": {"k": 5, "gate_k": 3, "top_k": 2},
+    "dense": {"k": 0, "gate_k": 1, "top_k": 3},
+    "weights": {"k": 4, "gate_k": 2, "top_k": 2, "routing_use_diff": False},
+}
+
+
+@pytest.fixture(scope="module")
+def upscaled_by_fusionbench(fusionbench: Callable[[Jobs], Merged]) -> Merged:
+    jobs = {
+        name: {**job("smile", torch.float32), "options": {**options, "full_matrices": False}}
+        for name, options in SMILE_CASES.items()
+    }
+    return fusionbench(jobs)
+
+
+@pytest.mark.parametrize("name", SMILE_CASES)
+def test_smile_computes_what_fusionbench_does(
+    upscaled_by_fusionbench: Merged, name: str, tmp_path: Path
+) -> None:
+    """From the same weights: the layer's outputs, its router's norms, and each expert's matrix."""
+    tensors = [in_dtype(each, torch.float32) for each in (BASE, *TASKS)]
+    folders = [tmp_path / str(number) for number in range(len(tensors))]
+    for folder, each in zip(folders, tensors, strict=True):
+        folder.mkdir()
+        save_file(each, folder / "model.safetensors", metadata={"format": "pt"})
+    recipe = {
+        "merge_method": "smile",
+        "base_model": str(folders[0]),
+        "models": [{"model": str(folder)} for folder in folders[1:]],
+        "parameters": SMILE_CASES[name],
+    }
+    pymerge.merge(recipe, tmp_path / "out")
+    model = torch.nn.Module()
+    model.a, model.b = torch.nn.Linear(16, 24), torch.nn.Linear(24, 12)
+    layer = pymerge.load_smile(tmp_path / "out", model).a
+    x = torch.from_numpy(INPUTS[0]).float()
+    with torch.no_grad():
+        outputs = layer(x)
+        router = torch.einsum("tn,ekn->tek", x, layer.router).norm(dim=-1)
+        experts = layer.up @ layer.down if layer.dense is None else layer.dense
+    found = upscaled_by_fusionbench[name]
+    # The float32 rounding of sums of 16 terms below 3, and of the singular vectors of the experts.
+    assert (outputs - found["outputs"]).abs().max() < 2e-5
+    assert (router - found["router"]).abs().max() < 2e-4
+    for number, expert in enumerate(experts):
+        assert (expert - found[f"expert/{number}"]).abs().max() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def by_statistics(fusionbench: Callable[[Jobs], Merged]) -> Merged:
+    """In float64, so that what differs is what pymerge rounds."""
+    tensors = in_dtype({"base": BASE, "tasks": TASKS, "grams": GRAMS}, torch.float64)
+    least = {
+        f"regmean {ratio}": {
+            **tensors,
+            "method": "regmean",
+            "options": {"reduce_non_diagonal_ratio": ratio},
+        }
+        for ratio in (0.5, 1.0)
+    }
+    tensors = in_dtype({"base": BASE, "tasks": TASKS, "fishers": FISHERS}, torch.float64)
+    scaled = {"fisher_scaling_coefficients": [0.2, 0.5, 0.3], "minimal_fisher_weight": 1e-3}
+    options = {"fisher": {}, "fisher scaled": scaled}
+    means = {
+        name: {**tensors, "method": "fisher", "options": given} for name, given in options.items()
+    }
+    return fusionbench({**least, **means})
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_regmean_from_the_same_grams(by_statistics: Merged, ratio: float) -> None:
+    found = pymerge.merge_tensor(
+        "regmean",
+        None,
+        [task["a.weight"].astype(np.float32) for task in TASKS],
+        statistics=[gram["a"] for gram in GRAMS],
+        alpha=ratio,
+        ridge=1e-12,
+    )
+    expected = by_statistics[f"regmean {ratio}"]["a.weight"].numpy()
+    # the weights, below 1, and the Grams are rounded to float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("fisher", {}), ("fisher scaled", {"weight": [0.2, 0.5, 0.3], "epsilon": 1e-3})],
+)
+def test_fisher_by_the_norms_of_whole_models(
+    by_statistics: Merged, name: str, parameters: dict[str, Any]
+) -> None:
+    """FusionBench adds its floor to the norms, of about 50, as well: a share of 2e-5 at 1e-3."""
+    norms = [np.sqrt(sum((v**2).sum() for v in fisher.values())) for fisher in FISHERS]
+    weights = parameters.get("weight", [1.0] * NUM_TASKS)
+    for key in SHAPES:
+        found = pymerge.merge_tensor(
+            "fisher",
+            None,
+            [task[key].astype(np.float32) for task in TASKS],
+            statistics=[fisher[key].astype(np.float32) for fisher in FISHERS],
+            normalize=False,
+            weight=[float(w / norm) for w, norm in zip(weights, norms, strict=True)],
+            epsilon=parameters.get("epsilon", 1e-6),
+        )
+        np.testing.assert_allclose(
+            found, by_statistics[name][key].numpy(), rtol=0, atol=5e-7, err_msg=key
+        )

@@ -123,6 +123,31 @@ PM_INLINE void adam_step(const Adam& adam, typename V::F gradient, typename V::F
     *theta = V::sub(*theta, V::div(V::mul(V::set(adam.rate), *first), root));
 }
 
+// The mean of value(0), value(1), ... by the weights that follow them, each with its floor; by the coefficients alone
+// where the weights sum to zero.
+template <class V, class Value>
+PM_INLINE typename V::F weighted_mean(size_t num_models, const Value& value, const float* coefficients,
+                                      const float* floors, bool adds_floor) {
+    typename V::F num = V::set(0.0f);
+    typename V::F den = V::set(0.0f);
+    typename V::F plain_num = V::set(0.0f);
+    typename V::F plain_den = V::set(0.0f);
+    for (size_t i = 0; i < num_models; ++i) {
+        const typename V::F x = value(i);
+        const typename V::F c = V::set(coefficients[i]);
+        const typename V::F floor = V::set(floors[i]);
+        typename V::F weight = value(num_models + i);
+        weight = adds_floor ? V::add(weight, floor) : V::select(V::above(floor, weight), floor, weight);
+        weight = V::mul(c, weight);
+        num = i ? V::add(num, V::mul(weight, x)) : V::mul(weight, x);
+        den = i ? V::add(den, weight) : weight;
+        plain_num = i ? V::add(plain_num, V::mul(c, x)) : V::mul(c, x);
+        plain_den = i ? V::add(plain_den, c) : c;
+    }
+    const typename V::M none = V::same(den, V::set(0.0f));
+    return V::div(V::select(none, plain_num, num), V::select(none, plain_den, den));
+}
+
 // (x - low) / (high - low), or x * 0 where they are equal.
 template <class V>
 PM_INLINE typename V::F share_of_range(typename V::F x, float low, float high) {

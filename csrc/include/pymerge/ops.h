@@ -214,7 +214,9 @@ struct ElementMap {
     float part = 1.0f;  // pcb_score
     const float* cuts = nullptr;
     const float* tops = nullptr;
-    const float* weights = nullptr;
+    const float* weights = nullptr;   // pcb_merge; the coefficients of weighted_mean
+    const float* floors = nullptr;    // weighted_mean
+    bool adds_floor = true;           // weighted_mean, or the larger of weight and floor
     Output out;
 };
 
@@ -272,6 +274,8 @@ Status apply_task(const ElementMap& op, uint64_t* num_nonfinite);
 Status pcb_score(const ElementMap& op, uint64_t* num_nonfinite);
 Status pcb_merge(const ElementMap& op, uint64_t* num_nonfinite);
 Status adam_step(const AdamStep& op, uint64_t* num_nonfinite);
+// The second half of the models are the weights of the first.
+Status weighted_mean(const ElementMap& op, uint64_t* num_nonfinite);
 
 // How many indices e in [start, start + num) satisfy (e / group) % stride == 0.
 uint64_t num_sampled(uint64_t start, uint64_t num, uint64_t group, uint64_t stride);

@@ -9,6 +9,7 @@ float32 arrays, integers as ints, keeps as Keeps of ints.
 from __future__ import annotations
 
 from pymerge.ops.arguments.elementwise import (
+    FLOOR,
     MODE,
     Pcb,
     adam_step,
@@ -25,6 +26,7 @@ from pymerge.ops.arguments.elementwise import (
     pcb_score,
     tall_masks,
     variance_score,
+    weighted_mean,
 )
 from pymerge.ops.arguments.gram import (
     gram_columns,
@@ -100,4 +102,5 @@ __all__ = [
     "select_by_score",
     "tall_masks",
     "variance_score",
+    "weighted_mean",
 ]

@@ -12,6 +12,7 @@ from pymerge.ops import checks
 from pymerge.ops.view import View
 
 MODE = ("raw", "normalized", "pairwise")
+FLOOR = ("add", "max")
 
 
 def nearswap(out: View, base: View, model: View, *, t: float) -> tuple[int, float]:
@@ -205,6 +206,26 @@ def adam_step(
     rate = lr * root / (1 - beta1**step)
     numbers = [1 - beta1, beta2, 1 - beta2, rate, eps * root]
     return AdamStep(num, checks.floats(op, "numbers", numbers, len(numbers)))
+
+
+def weighted_mean(
+    out: View,
+    models: Sequence[View],
+    weights: Sequence[View],
+    coefficients: Sequence[float],
+    floors: Sequence[float],
+    *,
+    mode: str,
+) -> tuple[int, list[float], list[float]]:
+    """num, coefficients, floors."""
+    op, count = "weighted_mean", len(models)
+    if len(weights) != count:
+        raise PymergeError(f"{op}: expected {count} weights, one per model, found {len(weights)}")
+    num = checks.check_views(op, None, (*models, *weights), out)
+    checks.check_writable(op, out)
+    checks.check_word(op, "mode", mode, FLOOR)
+    factors = checks.floats(op, "coefficients", coefficients, count)
+    return num, factors, checks.floats(op, "floors", floors, count)
 
 
 def _map(op: str, out: View, base: View, models: Sequence[View]) -> int:

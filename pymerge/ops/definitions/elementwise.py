@@ -115,4 +115,14 @@ ELEMENTWISE = (
         "root with root = sqrt(1 - beta2**step). Counts what is not finite in theta.",
         Traffic(base="3 × state", models="gradient", out="3 × state"),
     ),
+    Op(
+        "weighted_mean",
+        "weighted_mean(out, models, weights, coefficients, floors, *, mode) -> int",
+        "The mean of the models by a weight for each element, which comes as a view beside each "
+        "model. w_i = coefficients[i] * (value(weights_i) + floors[i]) in mode 'add', "
+        "coefficients[i] * max(value(weights_i), floors[i]) in mode 'max', where a NaN stays. num "
+        "= w_0 value(x_0) + ..., den = w_0 + ...; out = round(num / den). Where den is 0, w_i is "
+        "coefficients[i]: the limit of equal floors that vanish.",
+        Traffic(base="", models="n × (model + weight)", out="output"),
+    ),
 )

@@ -91,12 +91,24 @@ def _descend(
 
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
     gradient = torch.empty_like(theta)
-    way = _fused if _can_fuse(theta, ws) else _plain
-    update = way(theta, first, second, gradient)
+    update = stepper(theta, first, second, gradient, ws)
     for step in range(1, steps + 1):
         ws.check()
         torch.addmm(d, theta, c, beta=-2, alpha=2, out=gradient)
         update(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, step=step)
+
+
+def stepper(
+    theta: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    gradient: torch.Tensor,
+    ws: Workspace,
+) -> Callable[..., object]:
+    """A step of Adam as a function of ``lr``, ``beta1``, ``beta2``, ``eps`` and ``step`` (from 1):
+    it changes theta and both moments where they are. All four are contiguous and of one shape."""
+    way = _fused if _can_fuse(theta, ws) else _plain
+    return way(theta, first, second, gradient)
 
 
 def _can_fuse(theta: torch.Tensor, ws: Workspace) -> bool:

@@ -23,6 +23,7 @@ from pymerge.ops.reference.elementwise import (
     pcb_score,
     tall_masks,
     variance_score,
+    weighted_mean,
 )
 from pymerge.ops.reference.gram import gram_columns, gram_n
 from pymerge.ops.reference.merge import (
@@ -83,6 +84,7 @@ __all__ = [
     "tall_masks",
     "value",
     "variance_score",
+    "weighted_mean",
     "why_not",
 ]
 

@@ -290,6 +290,34 @@ def adam_step(
     return store(theta, moved)
 
 
+def weighted_mean(
+    out: View,
+    models: Sequence[View],
+    weights: Sequence[View],
+    coefficients: Sequence[float],
+    floors: Sequence[float],
+    *,
+    mode: str,
+) -> int:
+    """num / den with num = w_0 x_0 + ..., den = w_0 + ... and w_i = coefficients[i] times the weight
+    with its floor added, or the larger of both; w_i = coefficients[i] where den is 0."""
+    _, coefficients, floors = arguments.weighted_mean(
+        out, models, weights, coefficients, floors, mode=mode
+    )
+    values, scaled, plain = [value(x) for x in models], [], []
+    with np.errstate(all="ignore"):
+        for weight, c, floor in zip(weights, coefficients, floors, strict=True):
+            least, found = np.float32(floor), value(weight)
+            found = found + least if mode == "add" else np.where(found < least, least, found)
+            scaled.append(np.float32(c) * found)
+            plain.append(np.full(out.num, c, np.float32))
+        den = in_order(scaled)
+        none = den == 0
+        num = in_order([w * x for w, x in zip(scaled, values, strict=True)])
+        num = np.where(none, in_order([c * x for c, x in zip(plain, values, strict=True)]), num)
+        return store(out, num / np.where(none, in_order(plain), den))
+
+
 def _pcb_scores(
     base: View, models: Sequence[View], lows: Sequence[float], highs: Sequence[float], mode: str
 ) -> tuple[list[Floats], list[Floats]]:

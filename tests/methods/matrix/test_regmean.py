@@ -121,7 +121,7 @@ def test_stored_the_other_way_round() -> None:
     weights, _, grams = problem(12, 16, 3, 100)
     turned = [np.ascontiguousarray(weight.T) for weight in weights]
     found = pymerge.merge_tensor("regmean", None, turned, statistics=grams, transpose="tensor")
-    assert (found.T == pymerge.merge_tensor("regmean", None, weights, statistics=grams)).all()
+    assert (pymerge.merge_tensor("regmean", None, weights, statistics=grams) == found.T).all()
     with pytest.raises(PymergeError, match="name it in the parameter transpose"):
         pymerge.merge_tensor("regmean", None, turned, statistics=grams)
 

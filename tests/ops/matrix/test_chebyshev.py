@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from pymerge.errors import PymergeError
-from pymerge.ops.matrix.chebyshev import chebyshev_filter, expansion, largest_eigenvalue
+from pymerge.ops.matrix.chebyshev import (
+    chebyshev_filter,
+    expansion,
+    largest_eigenvalue,
+    polynomial_filter,
+)
 from pymerge.ops.reference import solvers
 from pymerge.ops.workspace import Workspace
 
@@ -150,3 +155,40 @@ def test_wrong_calls():
         run(np.eye(5), theta, 1.0)
     with pytest.raises(PymergeError, match="c is 3 x 4"):
         run(theta, theta, 1.0)
+
+
+FUNCTIONS = {
+    "constant": lambda x: 0 * x + 3.0,
+    "cubic": lambda x: 1 - x + 2 * x**3,
+    "bump": lambda x: 1 / (1 + 25 * (x - 0.3) ** 2),
+    "zero": lambda x: 0 * x,
+}
+
+
+def any_filter(c, theta, phi, threads=1, dtype=torch.float64):
+    given = (torch.as_tensor(x).to(dtype) for x in (c, theta))
+    with Workspace(threads) as ws, ws.active():
+        return polynomial_filter(*given, ws, phi)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_any_smooth_function_of_the_eigenvalues(name):
+    phi = FUNCTIONS[name]
+    c, theta = decaying(60), rows_of(40, 60)
+    values, vectors = np.linalg.eigh(c)
+    expected = theta @ (vectors * phi(values)) @ vectors.T
+    largest = np.linalg.norm(theta) * np.abs(phi(np.linspace(0, 1.2, 99))).max()
+    for dtype, bound in ((torch.float64, 1e-7), (torch.float32, 3e-6)):
+        found = any_filter(c, theta, phi, dtype=dtype).double().numpy()
+        assert np.linalg.norm(found - expected) <= bound * largest
+    wide = rows_of(700, 60)
+    assert torch.equal(any_filter(c, wide, phi), any_filter(c, wide, phi, threads=3))
+
+
+def test_functions_that_no_polynomial_follows():
+    c, theta = decaying(10), rows_of(3, 10)
+    for phi in (lambda x: np.sign(x - 0.4), lambda x: x + math.inf):
+        with pytest.raises(PymergeError, match="expected a function that a polynomial"):
+            any_filter(c, theta, phi)
+    c[2, 2] = math.nan
+    assert any_filter(c, theta, lambda x: x).isnan().all()

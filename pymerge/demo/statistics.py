@@ -1,0 +1,48 @@
+"""What the experts see and how much their parameters matter, for the merges that ask for it.
+
+Collected on the images that each expert was fine-tuned on, without their labels, and saved beside
+it, as a user would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import pymerge
+from pymerge.demo import checkpoint
+from pymerge.demo.data import Task
+from pymerge.demo.model import one_thread
+from pymerge.demo.train import tensors
+
+Kind = Literal["gram", "fisher"]
+
+#: Images of a task that are shown to its expert, and how many at once.
+NUM_IMAGES, BATCH = 1024, 64
+#: The encoder: heads are the same in all models.
+ENCODER = ("embed.*", "blocks.*")
+
+
+@one_thread()
+def collect(kind: Kind, tasks: Sequence[Task], models: Mapping[str, Path]) -> None:
+    """Save the statistics of every expert beside it, where they are not there."""
+    for task in tasks:
+        folder = models[task.name]
+        if not (folder / "pymerge-statistics" / f"{kind}.safetensors").exists():
+            _collect(kind, task, folder)
+
+
+def _collect(kind: Kind, task: Task, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = checkpoint.load(folder)
+    images, _ = tensors(task.train)
+    only = ENCODER if kind == "gram" else None
+    with pymerge.collect(model, kind=kind, only=only) as collector:
+        for batch in images[:NUM_IMAGES].split(BATCH):
+            logits = model(batch, task.name)
+            if kind == "fisher":
+                collector.backward(logits)
+    collector.save(folder)
