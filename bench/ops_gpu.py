@@ -124,10 +124,8 @@ def cases(ops: Any, first: Set) -> list[Case]:
         ops.adam_step(*state, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, step=1)
 
     def mean(s: Set) -> None:
-        """Of as many elements as the state has, which gives the weights."""
-        out, *parts = (view(x[: s.state[0].numel()]) for x in (s.out, *s.models))
-        weights = [view(part) for part in s.state[:n]]
-        ops.weighted_mean(out, parts, weights, WEIGHTS, [1e-6] * n, mode="add")
+        weights = [view(part) for part in s.state]
+        ops.weighted_mean(view(s.out), models(s), weights, WEIGHTS, [1e-6] * n, mode="add")
 
     look = moved("magnitude_histogram")
     return [
@@ -378,6 +376,7 @@ def cases(ops: Any, first: Set) -> list[Case]:
             ),
         ),
         Case("adam_step", "adam_step", 1, TRAFFIC["adam_step"](12, 4, 1, 12), adam),
+        Case("weighted_mean", "weighted_mean", n, TRAFFIC["weighted_mean"](0, 6, n, 2), mean),
         Case(
             "convert",
             "convert to float32",

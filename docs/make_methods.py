@@ -98,7 +98,9 @@ def description(method: Method) -> str:
 
 def parameter_row(parameter: ParameterSpec) -> tuple[str, ...]:
     scope = "per model" if parameter.scope == "model" else "once"
-    default = "required" if parameter.required else f"`{str(parameter.default).lower()}`"
+    value = parameter.default
+    text = str(value).lower() if isinstance(value, bool) else str(value).replace("|", r"\|")
+    default = "required" if parameter.required else f"`{text}`"
     return (f"`{parameter.name}`", scope, values_text(parameter), default, parameter.doc)
 
 

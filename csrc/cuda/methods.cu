@@ -128,8 +128,8 @@ struct weighted_mean_map : PlainMap {
     template <class Scene>
     PM_DEVICE Lanes::F operator()(const Scene& scene) const {
         return pymerge::weighted_mean<Lanes>(
-            scene.num_models() / 2, [&](size_t i) { return scene.value(i); },
-            scene.template table<float>(coefficients), scene.template table<float>(floors), adds_floor);
+            scene.num_models() / 2, [&](size_t i) { return scene.value(i); }, scene.template table<float>(coefficients),
+            scene.template table<float>(floors), adds_floor);
     }
 };
 

@@ -39,10 +39,14 @@ def _collect(kind: Kind, task: Task, folder: Path) -> None:
     torch.manual_seed(0)
     model = checkpoint.load(folder)
     images, _ = tensors(task.train)
-    only = ENCODER if kind == "gram" else None
-    with pymerge.collect(model, kind=kind, only=only) as collector:
-        for batch in images[:NUM_IMAGES].split(BATCH):
-            logits = model(batch, task.name)
-            if kind == "fisher":
-                collector.backward(logits)
-    collector.save(folder)
+    batches = torch.split(images[:NUM_IMAGES], BATCH)
+    if kind == "gram":
+        with pymerge.collect(model, kind="gram", only=ENCODER) as grams, torch.no_grad():
+            for batch in batches:
+                model(batch, task.name)
+        grams.save(folder)
+        return
+    with pymerge.collect(model, kind="fisher") as fisher:
+        for batch in batches:
+            fisher.backward(model(batch, task.name))
+    fisher.save(folder)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 HOST = "cpu"
 
-#: Number of glibc's option, and from which size on it asks the system for a block's memory and gives
-#: it back with the block. Left alone it raises the size to 32 MiB as blocks are freed: matrices then
-#: leave holes in the heaps of many threads, half as much again as they take.
+#: Number of glibc's option, and from which size on it asks the system for a block's memory and
+#: gives it back with the block. Left alone it raises the size to 32 MiB as blocks are freed, and
+#: matrices leave holes in the heaps of all threads.
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 4 << 20
 
 
@@ -118,7 +118,7 @@ def _give_back_freed_memory() -> None:
     another than glibc nothing changes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        0 and mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 class Spill:

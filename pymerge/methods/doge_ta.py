@@ -285,7 +285,7 @@ def merged_vector(
     factors = [lamda / norm if norm else 0.0 for norm in norms]
     steps = int(tensor.parameters["steps"])
     basis = None
-    if steps and sum(factors):
+    if steps and any(factors):
         used = [i for i, factor in enumerate(factors) if factor]
         basis = shared_directions(taus, used, float(tensor.parameters["subspace"]), ws)
     descent = Descent(taus, factors, basis, ws)
@@ -367,8 +367,8 @@ class Descent:
         ws = self._ws
         steppers = []
         for part in self._tiles:
-            matrices = (self._delta, *self._moments, self._gradient)
-            steppers.append(stepper(*(each[part] for each in matrices), ws))
+            first, second = self._moments[:, part]
+            steppers.append(stepper(self._delta[part], first, second, self._gradient[part], ws))
 
         def begin(index: int) -> None:
             self._aim(self._tiles[index])

@@ -259,7 +259,7 @@ def measure_model(tensors: Sequence[Tensor]) -> ModelMeasuring:
 
 def _first_look(counts: KeyCounts, tensor: Tensor) -> Generator[Question, Any, int]:
     def visit(matrix: Matrix) -> Asking:
-        aligned = yield from align(matrix)
+        aligned: Aligned = yield from align(matrix)
 
         def keep() -> int:
             _store(tensor).put(_name(matrix), aligned.basis.cpu().numpy())
@@ -268,7 +268,8 @@ def _first_look(counts: KeyCounts, tensor: Tensor) -> Generator[Question, Any, i
 
         return (yield Solve(keep))
 
-    return sum((yield from look_at_matrices(tensor, visit)))
+    sizes: list[int] = yield from look_at_matrices(tensor, visit)
+    return sum(sizes)
 
 
 def _second_look(counts: KeyCounts, tensor: Tensor) -> Generator[Question, Any, None]:

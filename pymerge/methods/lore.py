@@ -70,8 +70,6 @@ if TYPE_CHECKING:
 
     from pymerge.ops.workspace import Workspace
 
-#: Rows of a Gram matrix's input that are converted to float64 at a time.
-CHUNK = 1024
 #: Elements that the ops of TIES take at once.
 PIECE = 1 << 19
 
@@ -169,9 +167,9 @@ def _cost(tensor: Tensor) -> Cost:
     def of_matrix(rows: int, columns: int, num_models: int) -> Cost:
         short, long = sorted((rows, columns))
         # Every model, their mean, the last step's mean and this one's; the Gram matrix, its vectors
-        # and what their solver holds; rows in float64.
+        # and what their solver holds.
         matrices = FLOAT * rows * columns * (num_models + 3)
-        num_bytes = matrices + 5 * 8 * short**2 + 2 * 8 * CHUNK * short
+        num_bytes = matrices + 5 * 8 * short**2
         return Cost(
             num_bytes, 0.0, steps * (3.0 * long * short**2 + 2 * short**3), steps * 9.0 * short**3
         )

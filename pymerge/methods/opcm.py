@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -70,8 +71,6 @@ if TYPE_CHECKING:
 
 #: Singular values below this share of the largest are zero.
 CUT = 1e-6
-#: Rows that are taken at a time, in float64.
-CHUNK = 1024
 
 SPEC = MethodSpec(
     name="opcm",
@@ -110,7 +109,7 @@ def _cost(rows: int, columns: int, num_models: int) -> Cost:
     short, long = sorted((rows, columns))
     # A in float64 and a task vector; beside them first the Gram matrix, its vectors and what their
     # solver holds, then U with the task vector's image, V, and what is taken out.
-    num_bytes = (8 + FLOAT) * rows * columns + 8 * CHUNK * short
+    num_bytes = (8 + FLOAT) * rows * columns
     num_bytes += max(5 * 8 * short**2, 2 * FLOAT * rows * columns + 5 * FLOAT * short**2)
     steps = max(num_models - 1, 0)
     product = steps * long * short**2
@@ -171,7 +170,7 @@ def _explore(tensor: Tensor) -> Generator[Question, Any, Squares | None]:
         found = yield Solve(lambda: Recursion(matrix.rows, matrix.columns, alpha, matrix.ws))
         for model in range(matrix.num_models):
             tau = yield from matrix.delta(model)
-            models[model].append((yield Solve(lambda tau=tau: found.add(tau))))
+            models[model].append((yield Solve(partial(found.add, tau))))
             del tau
         merged.append((yield Solve(lambda: squared_norm(found.sum, matrix.ws))))
         return (yield Solve(found.sum.float))
@@ -242,6 +241,8 @@ class Recursion:
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """U [m, r] and ``B·Vᵀ`` [r, n]; None where A is zero or not finite. U and V are found in
         float64; they are orthonormal, so that what follows is float32."""
+        import torch
+
         ws = self._ws
         found = self._directions(tall)
         if found is None:
@@ -260,7 +261,7 @@ class Recursion:
             image[rows] = along[:, :block]
             return (u[:, block:] * along[:, block:]).sum(0)
 
-        diagonal = sum(ws.map(project, ws.panels(len(tall)))).float()
+        diagonal = torch.stack(ws.map(project, ws.panels(len(tall)))).sum(0).float()
         taken = ws.empty(len(sigma), tall.shape[1])
         inner = ws.matmul(left[:, :block].t(), image)
         ws.matmul(inner, right[:, :block].t(), out=taken[:block])

@@ -52,7 +52,7 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
         )
     tables = threads * TABLE_BYTES * max((len(job.models) for job in jobs), default=0)
     overhead = OVERHEAD_BYTES + max(memory // SELECTION_SHARE, min(tables, memory // TABLE_SHARE))
-    matrices, matrix_threads = _matrix_bytes(jobs, memory, overhead, threads)
+    matrices, matrix_threads = _matrix_bytes(jobs, memory, overhead, threads, tables)
     overhead += matrices + (TORCH_BYTES if matrices else 0)
     updates = _update_bytes(jobs, memory, overhead)
     scratch = threads * max(map(_row_scratch, jobs), default=0)
@@ -69,7 +69,10 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
             raise PlanError(
                 _too_long_rows(jobs, memory, updates + scratch + least_block * widest * in_flight)
             )
-        needed = OVERHEAD_BYTES + updates + scratch + SMALLEST_BLOCK * widest * in_flight
+        least = SMALLEST_BLOCK * widest * in_flight
+        if matrices:
+            least += matrices + TORCH_BYTES
+        needed = _enough(OVERHEAD_BYTES + updates + scratch + least, tables)
         raise PlanError(
             f"a memory of {memory / (1 << 20):.4g} MiB is too little to merge "
             f"{max(len(job.sources) for job in jobs)} tensors at once; give at "
@@ -88,7 +91,15 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
     )
 
 
-def _matrix_bytes(jobs: Sequence[Job], memory: int, overhead: int, threads: int) -> tuple[int, int]:
+def _enough(fixed: int, tables: int) -> int:
+    """A memory of which so many bytes are left beside the selection's and the tables' shares."""
+    beside_tables = min(fixed + tables, fixed * TABLE_SHARE // (TABLE_SHARE - 1))
+    return max(fixed * SELECTION_SHARE // (SELECTION_SHARE - 1), beside_tables)
+
+
+def _matrix_bytes(
+    jobs: Sequence[Job], memory: int, overhead: int, threads: int, tables: int
+) -> tuple[int, int]:
     """What the matrices of the jobs in progress may take: those of any one job, and of a second
     beside it where that leaves half of the memory; and how many threads have room for the panels
     that they work on.
@@ -103,7 +114,7 @@ def _matrix_bytes(jobs: Sequence[Job], memory: int, overhead: int, threads: int)
     if sizes[0] + panels > room:
         job = max(jobs, key=lambda job: job.cost.num_bytes)
         rest = OVERHEAD_BYTES + TORCH_BYTES + SMALLEST_ARENA + panels
-        needed = (rest + sizes[0]) * SELECTION_SHARE // (SELECTION_SHARE - 1)
+        needed = _enough(rest + sizes[0], tables)
         raise PlanError(
             f"a memory of {format_size(memory)} is too little: the matrices of tensor "
             f"{job.name!r} {list(job.shape)} take {format_size(sizes[0])} beside the "

@@ -13,6 +13,7 @@ from pymerge.checkpoint import AdapterTensor, Checkpoint, Header, ShardLayout, T
 from pymerge.formats import F32, Format
 from pymerge.methods.protocol import NO_COST, SPAN, Cost, Description, Method, Store, Tensor
 from pymerge.methods.spec import ParameterValue
+from pymerge.ops import device
 from pymerge.ops.opset import OpSet
 from pymerge.ops.workspace import Workspace
 
@@ -407,6 +408,9 @@ class Plan:
             add([dict(values) for values in job.model_parameters], job.model_numbers)
             if job.statistics:
                 add([_identity(files, s) for s in job.statistics], job.statistic_numbers)
+        if any(job.cost.num_bytes for job in self.jobs):
+            # Products of matrices are not the same to the bit there.
+            add("matrices", sorted(map(device.memory_of, set(self.ops.backends.values()))))
         add(self.config)
         return digest.hexdigest()
 

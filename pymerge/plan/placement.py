@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from pymerge.checkpoint import TASKS_STEM, OutputTensor, ShardLayout, plan_shards
-from pymerge.formats import FORMATS
+from pymerge.checkpoint import TASKS_STEM, AdapterTensor, OutputTensor, ShardLayout, plan_shards
+from pymerge.formats import F32, FORMATS
 from pymerge.methods.protocol import Cost, Method
 from pymerge.ops.opset import OpSet
 from pymerge.plan.model import Job, Part
@@ -72,7 +72,25 @@ def _places(shards: Sequence[ShardLayout], first: int) -> dict[str, tuple[int, i
 
 
 def _cost(draft: Job, method: Method, ops: OpSet) -> Cost:
-    return Cost() if method.cost is None else method.cost(draft.tensor(ops))
+    cost = Cost() if method.cost is None else method.cost(draft.tensor(ops))
+    if not cost.num_bytes:
+        return cost
+    return cost._replace(num_bytes=cost.num_bytes + _factor_bytes(draft))
+
+
+def _factor_bytes(draft: Job) -> int:
+    """What the factors of adapters take beside the matrices: copies in float32, and in core space
+    stacks, bases and their solver's in float64, and a core for each model."""
+    models = (entry for entry in draft.models if isinstance(entry, AdapterTensor))
+    updates = [entry.update for entry in models if entry.update is not None]
+    if not updates:
+        return 0
+    rows, columns = updates[0].rows, updates[0].columns
+    rank = sum(update.rank for update in updates)
+    copies = 2 * F32.num_bytes * (rows + columns) * rank
+    if rank >= min(rows, columns):
+        return copies
+    return copies + 8 * (3 * (rows + columns) * rank + len(updates) * rank**2)
 
 
 def _modules(drafts: Sequence[Job]) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -55,6 +55,7 @@ CELLS = {
     "della": Cell("della", _weighted(density=0.5, epsilon=0.2)),
     "della-official": Cell("della", _weighted(density=0.5, epsilon=0.2, preset="official")),
     "della_linear": Cell("della_linear", _weighted(density=0.5, epsilon=0.2)),
+    "doge_ta": Cell("doge_ta", {"steps": 5}),
     "emr": Cell("emr"),
     "fisher": Cell("fisher", _weighted(), base=False, diagonals=True),
     "fisher-official": Cell("fisher", {"preset": "official"}, base=False, diagonals=True),
@@ -86,6 +87,7 @@ CELLS = {
     "regmean": Cell("regmean", {"statistics": GRAMS}, base=False),
     "sce": Cell("sce", {"select_topk": 0.3}),
     "slerp": Cell("slerp", {"t": 0.3}, num_models=1),
+    "smile": Cell("smile", {"k": 3, "gate_k": 2}),
     "tall_masks": Cell("tall_masks"),
     "task_arithmetic": Cell("task_arithmetic", _weighted(lambda_=0.9)),
     "tsv_m": Cell("tsv_m"),
@@ -133,7 +135,8 @@ def digest(name: str, backend: str) -> str:
         **cell.parameters,
     )
     found = hashlib.sha256()
-    for part in result if isinstance(result, tuple) else (result,):
+    parts = result.values() if isinstance(result, dict) else result
+    for part in (parts,) if isinstance(parts, torch.Tensor) else parts:
         array = part.contiguous().view(torch.uint8) if isinstance(part, torch.Tensor) else part
         found.update(bytes(array.numpy()) if isinstance(array, torch.Tensor) else bytes(array))
     return found.hexdigest()
@@ -150,6 +153,9 @@ def values(name: str, backend: str) -> list[float]:
         out_dtype="float32",
         **cell.parameters,
     )
+    if isinstance(merged, dict):  # singular vectors have no sign of their own
+        products: list[float] = (merged["smile.up"] @ merged["smile.down"]).flatten().tolist()
+        return products
     found: list[float] = (merged - inputs(0)[0].float()).flatten().tolist()
     return found
 

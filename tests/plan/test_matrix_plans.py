@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pymerge import api
 from pymerge.cli import app
 from pymerge.engine import matrix_rates
 from pymerge.engine.matrix_rates import MatrixRates, matrix_rates_of, matrix_seconds
+from pymerge.errors import PlanError
 from pymerge.methods import METHODS
 from pymerge.methods.protocol import Cost, Tensor
 from pymerge.ops.opset import choose_ops
@@ -84,6 +86,24 @@ def test_seconds_are_work_over_rates(tmp_path: Path) -> None:
     assert sum(job.cost.num_bytes > 0 for job in plan.jobs) == 1
     expected = cost.flops32 / 2 + cost.flops64 / 4 + cost.eigen64 / 8
     assert matrix_seconds(plan, MatrixRates(2.0, 4.0, 8.0)) == pytest.approx(expected)
+
+
+def test_the_memory_that_is_asked_for_is_enough(tmp_path: Path) -> None:
+    """With the tables of many threads, which take a share of their own."""
+    recipe = small_recipe(tmp_path)
+    for number in range(12):
+        shutil.copytree(tmp_path / "one", tmp_path / str(number))
+        recipe["models"].append({"model": str(tmp_path / str(number))})
+    for threads in (1, 12, 64):
+        memory, asked = 300, 0
+        while True:
+            try:
+                plan = api.plan(recipe, memory=memory << 20, threads=threads)
+                break
+            except PlanError as error:
+                memory, asked = int(str(error).rpartition("at least ")[2].split()[0]), asked + 1
+                assert asked <= 2, "first for the matrices, then perhaps for the tiles"
+        assert plan.tiling.matrix_bytes
 
 
 def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

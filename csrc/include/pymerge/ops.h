@@ -214,9 +214,9 @@ struct ElementMap {
     float part = 1.0f;  // pcb_score
     const float* cuts = nullptr;
     const float* tops = nullptr;
-    const float* weights = nullptr;   // pcb_merge; the coefficients of weighted_mean
-    const float* floors = nullptr;    // weighted_mean
-    bool adds_floor = true;           // weighted_mean, or the larger of weight and floor
+    const float* weights = nullptr;  // pcb_merge; the coefficients of weighted_mean
+    const float* floors = nullptr;   // weighted_mean
+    bool adds_floor = true;          // weighted_mean, or the larger of weight and floor
     Output out;
 };
 

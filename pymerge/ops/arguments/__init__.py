@@ -9,7 +9,6 @@ float32 arrays, integers as ints, keeps as Keeps of ints.
 from __future__ import annotations
 
 from pymerge.ops.arguments.elementwise import (
-    FLOOR,
     MODE,
     Pcb,
     adam_step,

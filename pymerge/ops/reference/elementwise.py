@@ -299,8 +299,8 @@ def weighted_mean(
     *,
     mode: str,
 ) -> int:
-    """num / den with num = w_0 x_0 + ..., den = w_0 + ... and w_i = coefficients[i] times the weight
-    with its floor added, or the larger of both; w_i = coefficients[i] where den is 0."""
+    """num / den with num = w_0 x_0 + ..., den = w_0 + ...; w_i is coefficients[i] times the sum of
+    weight and floor, or the larger of both, and coefficients[i] alone where den is 0."""
     _, coefficients, floors = arguments.weighted_mean(
         out, models, weights, coefficients, floors, mode=mode
     )
@@ -315,7 +315,8 @@ def weighted_mean(
         none = den == 0
         num = in_order([w * x for w, x in zip(scaled, values, strict=True)])
         num = np.where(none, in_order([c * x for c, x in zip(plain, values, strict=True)]), num)
-        return store(out, num / np.where(none, in_order(plain), den))
+        den = np.where(none, in_order(plain), den)
+        return store(out, (num / den).astype(np.float32))
 
 
 def _pcb_scores(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ peak = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(peak)
 
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More would wait for one another in the small products of the authors' loop."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def draw(seed: int, *shape: int, size: float = 5e-4) -> np.ndarray:

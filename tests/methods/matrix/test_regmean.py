@@ -205,5 +205,5 @@ def test_models_without_statistics_are_named(tmp_path: Path) -> None:
         "merge_method": "regmean",
         "models": [{"model": str(first)}, {"model": str(second)}],
     }
-    with pytest.raises(PlanError, match="found none beside .*second; collect them with"):
+    with pytest.raises(PlanError, match=r"found none beside .*second; collect them with"):
         api.plan(recipe, memory="600MiB")

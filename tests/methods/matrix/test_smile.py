@@ -256,8 +256,14 @@ def test_which_tensors(tmp_path: Path) -> None:
         "transposed": False,
     }
     plan = api.plan(recipe(base, models, preset="llama"))
-    parts = [part for job in plan.jobs for part in job.parts]
-    assert [part.shape for part in parts] == [(2, 8, 8), (2, 12, 8), (2, 8, 8), (2, 12)]
+    parts = {part.name: part.shape for job in plan.jobs for part in job.parts}
+    weight = f"{module}.up_proj.weight.smile"
+    assert parts == {
+        f"{weight}.down": (2, 8, 8),
+        f"{weight}.up": (2, 12, 8),
+        f"{weight}.router": (2, 8, 8),
+        f"{module}.up_proj.bias.smile.dense": (2, 12),
+    }
     with pytest.raises(RecipeError, match="expected weights of linear layers"):
         api.plan(recipe(base, models, layers="nothing"))
 
