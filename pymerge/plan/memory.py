@@ -71,7 +71,9 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
             )
         least = SMALLEST_BLOCK * widest * in_flight
         if matrices:
-            least += matrices + TORCH_BYTES
+            # More memory means more threads at the matrices, up to all of them.
+            most = sorted((job.cost.num_bytes for job in jobs), reverse=True)[:2]
+            least += sum(most) + threads * _panel_bytes(jobs) + TORCH_BYTES
         needed = _enough(OVERHEAD_BYTES + updates + scratch + least, tables)
         raise PlanError(
             f"a memory of {memory / (1 << 20):.4g} MiB is too little to merge "
@@ -89,6 +91,11 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
         matrices,
         matrix_threads,
     )
+
+
+def _panel_bytes(jobs: Sequence[Job]) -> int:
+    """What one thread holds of the panels of the longest matrix."""
+    return max(PANEL_BYTES * max(job.shape) for job in jobs if job.cost.num_bytes)
 
 
 def _enough(fixed: int, tables: int) -> int:
@@ -109,7 +116,7 @@ def _matrix_bytes(
     sizes = sorted((job.cost.num_bytes for job in jobs), reverse=True)
     if not sizes or not sizes[0]:
         return 0, threads
-    panels = max(PANEL_BYTES * max(job.shape) for job in jobs if job.cost.num_bytes)
+    panels = _panel_bytes(jobs)
     room = memory - overhead - TORCH_BYTES - SMALLEST_ARENA
     if sizes[0] + panels > room:
         job = max(jobs, key=lambda job: job.cost.num_bytes)
