@@ -61,8 +61,9 @@ SPEC = MethodSpec(
 
 def _cost(rows: int, columns: int, num_models: int) -> Cost:
     short, long = sorted((rows, columns))
-    # The sum and its polar factor; the Gram matrix, its vectors and what their solver holds.
-    num_bytes = 2 * FLOAT * rows * columns + 5 * 8 * short**2
+    # The sum, its polar factor and the factor's next iterate; the Gram matrix, its vectors and what
+    # their solver holds.
+    num_bytes = 3 * FLOAT * rows * columns + 5 * 8 * short**2
     from_gram = 3.0 * short**2 * long
     if short <= 128:
         return Cost(num_bytes, 0.0, from_gram, 9.0 * short**3)

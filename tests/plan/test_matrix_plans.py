@@ -25,10 +25,17 @@ LLAMA_70B = [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
 MATRIX_METHODS = sorted(name for name, entry in METHODS.items() if entry.cost is not None)
 
 
+#: Where the defaults come to no work: the mean of LoRE's differences is the plain mean.
+WORKING = {"lore": {"merge": "sum"}}
+#: The basis that KnOTS's task vectors share is as large as their outputs, of dense models whole.
+TOO_LARGE = {("knots", (28672, 8192))}
+
+
 def cost_of(method: str, shape: tuple[int, ...], num_models: int = 8) -> Cost:
     """The cost of a layer with the method's defaults."""
     entry = METHODS[method]
     shared = {n: entry.spec.default(n, None) for n in entry.spec.parameters}
+    shared |= WORKING.get(method, {})
     own = [{n: v for n, v in shared.items() if entry.spec.parameters[n].scope == "model"}]
     tensor = Tensor(
         "model.layers.0.self_attn.q_proj.weight",
@@ -38,6 +45,7 @@ def cost_of(method: str, shape: tuple[int, ...], num_models: int = 8) -> Cost:
         shared,
         own * num_models,
         choose_ops(entry.ops),
+        statistics=[1.0] * num_models if entry.reads else (),
     )
     assert entry.cost is not None
     return entry.cost(tensor)
@@ -48,7 +56,7 @@ def cost_of(method: str, shape: tuple[int, ...], num_models: int = 8) -> Cost:
 def test_70b_layers_fit_on_a_gpu_of_24_gb(method: str, shape: tuple[int, int]) -> None:
     """Eight models, float32, with room left for what a solver holds by itself."""
     cost = cost_of(method, shape)
-    assert 0 < cost.num_bytes < 22e9
+    assert (0 < cost.num_bytes < 22e9) != ((method, shape) in TOO_LARGE)
     assert cost.flops32 + cost.flops64 + cost.eigen64 > 0
 
 

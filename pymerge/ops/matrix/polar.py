@@ -11,6 +11,7 @@ from pymerge.errors import PymergeError
 from pymerge.ops.matrix.approximants import quintic, zolotarev
 from pymerge.ops.matrix.gram import gram
 from pymerge.ops.matrix.products import product
+from pymerge.ops.matrix.solve import cholesky
 from pymerge.ops.matrix.spectrum import SEED, gram_eigh, power_of_two
 
 if TYPE_CHECKING:
@@ -71,11 +72,12 @@ def polar(x: torch.Tensor, ws: Workspace, *, cut: float = 1e-6, route: Route = "
     scale = power_of_two(x)
     if scale == 0 or scale != scale:
         return Polar(torch.full_like(x, scale), 0, scale, scale)
-    tall = (x if x.shape[0] >= x.shape[1] else x.t()) / scale
+    tall = x if x.shape[0] >= x.shape[1] else x.t()
     if route == "auto":
         route = "gram" if tall.shape[1] <= SMALL else "qdwh"
     if route == "iterate":
-        found = _iterate(tall, ws)
+        # float32 squares: bring the largest element near 1, exactly.
+        found = _iterate(tall / scale, ws)
     else:
         g = gram(tall, ws, side="columns")
         found = _rational(tall, g, cut, ws) if route == "qdwh" else None
@@ -87,7 +89,7 @@ def polar(x: torch.Tensor, ws: Workspace, *, cut: float = 1e-6, route: Route = "
         residual = _correct(factor, rank, ws)
     else:
         factor, residual = found
-    nuclear = scale * _inner(factor, tall, ws)
+    nuclear = _inner(factor, tall, ws)
     return Polar(factor if factor.shape == x.shape else factor.t(), rank, nuclear, residual)
 
 
@@ -116,15 +118,18 @@ def _rank(values: torch.Tensor, cut: float) -> int:
 def _by_eigenvectors(
     tall: torch.Tensor, g: torch.Tensor, cut: float, ws: Workspace
 ) -> tuple[torch.Tensor, int]:
-    import torch
-
     values, vectors = gram_eigh(g, ws)
     rank = _rank(values, cut)
     kept = vectors[:, :rank].contiguous()
-    image = product(tall, kept, ws)
+    del vectors
+
+    def squares(rows: slice) -> torch.Tensor:
+        return (tall[rows].double() @ kept).square_().sum(0)
+
     # The length of x·v is the singular value, more exact than the root of an eigenvalue.
-    image /= torch.linalg.vector_norm(image, dim=0)
-    return product(image, kept.t(), ws, out=tall.new_empty(tall.shape)), rank
+    lengths = sum(ws.map(squares, ws.panels(tall.shape[0]))).sqrt_()
+    inverse = ws.matmul(kept / lengths, kept.t())
+    return product(tall, inverse, ws, out=tall.new_empty(tall.shape)), rank
 
 
 def _rational(
@@ -137,9 +142,7 @@ def _rational(
     g /= bound
 
     def certified(floor: float) -> bool:
-        shifted = g.clone()
-        shifted.diagonal().sub_(floor * floor / 1.01)
-        return int(torch.linalg.cholesky_ex(shifted).info) == 0
+        return cholesky(g, -floor * floor / 1.01)[1]
 
     # Well-conditioned input is told by the first of two factorisations.
     floor = FLOOR if cut < FLOOR and certified(FLOOR) else cut
@@ -149,10 +152,10 @@ def _rational(
     step = zolotarev(floor / 1.01, 2 if tall.shape[0] < 2 * tall.shape[1] else 3)
 
     def inverse(pole: int) -> torch.Tensor:
-        shifted = g.clone()
-        shifted.diagonal().add_(step.shifts[pole])
-        factor = torch.linalg.cholesky_ex(shifted).L
-        return torch.cholesky_inverse(factor).mul_(step.weights[pole] * step.scale)
+        factor, _ = cholesky(g, step.shifts[pole])
+        # In place: with each pole on its thread the copies would add up.
+        torch.cholesky_inverse(factor, out=factor)
+        return factor.mul_(step.weights[pole] * step.scale)
 
     inverses = ws.map(inverse, range(len(step.shifts)))
     total = inverses[0]
@@ -217,7 +220,8 @@ def _correct(x: torch.Tensor, rank: int, ws: Workspace) -> float:
     """One Newton-Schulz step in place; the residual before it."""
     import torch
 
-    defect = x - product(x, gram(x, ws, side="columns", dtype="float32"), ws)
+    defect = product(x, gram(x, ws, side="columns", dtype="float32"), ws)
+    torch.sub(x, defect, out=defect)
     x.add_(defect, alpha=0.5)
     return float(torch.linalg.vector_norm(defect, dtype=torch.float64)) / math.sqrt(max(rank, 1))
 

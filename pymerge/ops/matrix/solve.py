@@ -86,11 +86,10 @@ def _factorise(a: torch.Tensor, mean: float, ridge: float) -> tuple[torch.Tensor
     least = torch.finfo(a.dtype).eps
     kind, used = a.dtype, ridge
     while True:
-        shifted = a.to(kind, copy=True)
-        shifted.diagonal().add_(used * mean)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) == 0 and _finite(factor.diagonal()):
+        factor, is_whole = cholesky(a, used * mean, kind)
+        if is_whole and _finite(factor.diagonal()):
             return factor, used
+        del factor
         if kind != torch.float64:
             kind = torch.float64
             continue
@@ -101,6 +100,22 @@ def _factorise(a: torch.Tensor, mean: float, ridge: float) -> tuple[torch.Tensor
                 f"{LARGEST_RIDGE} times its mean diagonal, which is {mean:.3g}, does not mend; "
                 "check the inputs that it was measured from"
             )
+
+
+def cholesky(
+    a: torch.Tensor, shift: float, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, bool]:
+    """The lower Cholesky factor of ``a + shift I``, computed where the one copy of ``a`` is, and
+    whether there is one."""
+    import torch
+
+    # LAPACK takes columns: the copy lies in them, or torch would make another.
+    turned = a.mT.to(dtype or a.dtype, copy=True, memory_format=torch.contiguous_format)
+    shifted = turned.mT
+    shifted.diagonal().add_(shift)
+    info = torch.empty((), dtype=torch.int32, device=a.device)
+    torch.linalg.cholesky_ex(shifted, out=(shifted, info))
+    return shifted, int(info) == 0
 
 
 def _substitute(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
