@@ -4,8 +4,8 @@ Fixed settings are the usual ones for eight tasks: task arithmetic (arXiv:2212.0
 0.3, TIES (arXiv:2306.01708) with density 0.2 and lambda 1, which its authors recommend where
 nothing can be tuned; what drops at random keeps as much as TIES does and takes task arithmetic's
 lambda, the rest the methods' defaults. The task vectors here are ten times as large as those of
-the vision models that WUDI's rate of 1e-5 was chosen for, and so is the rate. Where lambda is tuned, it is tuned on the selection parts
-and the row is marked with a star.
+the vision models that WUDI's rate of 1e-5 was chosen for, and so is the rate. Where lambda is
+tuned, it is tuned on the selection parts and the row is marked with a star.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ CONFIGURATIONS = (
     Configuration("ties-tuned", "TIES", "ties", TIES, SPARSE, lambdas=(1.0, 1.5, 2.0)),
     Configuration("iso-c-tuned", "Iso-C", "iso_c", lambdas=(1.0, 1.5, 2.0, 2.5)),
     Configuration("tsv-m-tuned", "TSV-M", "tsv_m", lambdas=(1.0, 1.25, 1.5, 1.75)),
+    Configuration("smile", "SMILE, routed", "smile", {"k": 32, "gate_k": 8}),
     Configuration("tall-masks", "TALL masks, own task", "tall_masks", per_task=True),
     Configuration("emr", "EMR, own task", "emr", per_task=True),
 )

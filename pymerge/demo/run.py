@@ -56,6 +56,8 @@ class DemoResult:
 def evaluate(folder: Path, tasks: Sequence[Task], part: str) -> dict[str, float]:
     """Accuracy of the checkpoint in ``folder`` on every task's ``part``: selection or test."""
     model = checkpoint.load(folder)
+    if (folder / "smile.json").exists():
+        model = pymerge.load_smile(folder, model)
     return {task.name: accuracy(model, task.name, *tensors(getattr(task, part))) for task in tasks}
 
 

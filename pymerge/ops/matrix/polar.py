@@ -158,12 +158,13 @@ def _rational(
         return factor.mul_(step.weights[pole] * step.scale)
 
     inverses = ws.map(inverse, range(len(step.shifts)))
-    total = inverses[0]
-    for other in inverses[1:]:
-        total += other
+    total = inverses.pop(0)
+    while inverses:
+        total += inverses.pop(0)
     total.diagonal().add_(step.scale)
     total /= math.sqrt(bound)
     start = product(tall, total, ws, out=tall.new_empty(tall.shape))
+    del total
     return _converge(start, step.low, 1.0, ws)
 
 
