@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pymerge.methods import METHODS
 from pymerge.methods.protocol import Method
-from pymerge.methods.spec import MethodSpec, ParameterSpec
+from pymerge.methods.spec import MethodSpec, ParameterSpec, value_text
 from pymerge.ops.dispatch import BACKENDS
 from pymerge.ops.table import OPS
 
@@ -80,28 +80,31 @@ def backends_text(method: Method) -> str:
 def presets_table(spec: MethodSpec) -> str:
     """What each preset gives the parameters that the recipe does not give."""
     rows = [
-        (f"`{name}`", f"`{text.replace(', ', '`, `')}`" if text else "as above")
-        for name, text in spec.preset_lines().items()
+        (f"`{name}`", ", ".join(code(line) for line in lines) or "as above")
+        for name, lines in spec.preset_lines().items()
     ]
     return table(("preset", "defaults"), rows)
 
 
 def description(method: Method) -> str:
     """The docstring of the method's module, with Markdown's quotes and a line per paragraph
-    or item of a numbered list."""
+    or item of a list."""
     module = inspect.getmodule(method.merge)
     text = inspect.cleandoc((module and module.__doc__) or method.spec.summary)
-    paragraphs = re.split(r"\n\s*\n", text.strip().replace("``", "`"))
-    lists = (re.split(r"\n(?=\d\. )", paragraph) for paragraph in paragraphs)
+    paragraphs = re.split(r"\n\s*\n", text.strip().replace("``", "`").replace(":func:", ""))
+    lists = (re.split(r"\n(?=\d\. |- )", paragraph) for paragraph in paragraphs)
     return "\n\n".join("\n".join(" ".join(item.split()) for item in items) for items in lists)
 
 
 def parameter_row(parameter: ParameterSpec) -> tuple[str, ...]:
     scope = "per model" if parameter.scope == "model" else "once"
-    value = parameter.default
-    text = str(value).lower() if isinstance(value, bool) else str(value).replace("|", r"\|")
-    default = "required" if parameter.required else f"`{text}`"
+    default = "required" if parameter.required else code(value_text(parameter.default))
     return (f"`{parameter.name}`", scope, values_text(parameter), default, parameter.doc)
+
+
+def code(text: str) -> str:
+    """Text in a cell of a table as it stands."""
+    return f"`{text}`".replace("|", r"\|")
 
 
 def values_text(parameter: ParameterSpec) -> str:

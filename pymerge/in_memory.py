@@ -118,7 +118,7 @@ def merge_tensor(
     result, out = _empty_like(tensors[0], shape, format)
     beside = _Beside(tensors[0], tensor, chosen.extras) if chosen.extras else None
     granule = chosen.granule(tensor)
-    tiles = _cut(base_view, models, diagonals, max(granule, TILE_ELEMENTS // granule * granule))
+    tiles = _cut(base_view, models, max(granule, TILE_ELEMENTS // granule * granule), diagonals)
 
     device = executor.devices[0]
     sentences: list[str] = []
@@ -428,7 +428,10 @@ def _statistics(
 
 
 def _cut(
-    base: View | None, models: Sequence[View], diagonals: Sequence[View], tile_elements: int
+    base: View | None,
+    models: Sequence[View],
+    tile_elements: int,
+    diagonals: Sequence[View] = (),
 ) -> list[Tile]:
     whole = Tile(0, models[0].num, base, tuple(models), tuple(diagonals))
     return [tile for _, tile in whole.pieces(tile_elements)]

@@ -17,7 +17,7 @@ from pymerge.engine.events import Snapshot
 from pymerge.engine.matrix_rates import MatrixRates, matrix_seconds
 from pymerge.engine.rates import Rates, floor_seconds
 from pymerge.engine.run import MergeReport
-from pymerge.methods.spec import MethodSpec, ParameterSpec
+from pymerge.methods.spec import MethodSpec, ParameterSpec, value_text
 from pymerge.plan import Plan
 from pymerge.sizes import counted, format_size
 
@@ -31,6 +31,10 @@ LINE_SECONDS = 5.0
 SMALL_BYTES = 100_000_000
 #: Into a pipe a table is as wide as it needs to be, so that names can be searched for.
 PIPE_WIDTH = 400
+
+
+#: A longer default stands below the table of a method's parameters.
+LONGEST_DEFAULT = 40
 
 
 def _console(stream: TextIO) -> Console:
@@ -387,18 +391,26 @@ def print_method(spec: MethodSpec) -> None:
     _out.print(f"[bold]{spec.name}[/]: {escape(spec.summary)}")
     if spec.paper:
         _out.print(spec.paper)
-    table = Table("parameter", "type", "given", "default", "meaning", box=None)
+    table = Table("parameter", "type", "given", "default", box=None)
+    table.add_column("meaning", overflow="fold")
+    below = {}
     for parameter in spec.parameters.values():
+        default = "required" if parameter.required else value_text(parameter.default)
+        if len(default) > LONGEST_DEFAULT:
+            below[parameter.name] = default
         table.add_row(
             parameter.name,
             _kind(parameter),
             "per model" if parameter.scope == "model" else "once",
-            "required" if parameter.required else str(parameter.default).lower(),
+            "see below" if parameter.name in below else escape(default),
             escape(parameter.doc),
         )
     _out.print(table if spec.parameters else "no parameters")
-    for name, text in spec.preset_lines().items():
-        _out.print(f"preset {name}: {text or 'the defaults above'}")
+    for name, default in below.items():
+        _out.print(f"default of {name}: {escape(default)}", soft_wrap=True)
+    for name, lines in spec.preset_lines().items():
+        text = ", ".join(lines) or "the defaults above"
+        _out.print(f"preset {name}: {escape(text)}", soft_wrap=True)
 
 
 def _kind(parameter: ParameterSpec) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.adaptive.collector import Collector, linear_input
 from pymerge.adaptive.exact import float32_products
 from pymerge.adaptive.masks import checked_mask
-from pymerge.adaptive.per_example import Call, add_squares
+from pymerge.adaptive.per_example import Call, add_squares, by_example
 from pymerge.adaptive.save import Part, write_statistics
 from pymerge.adaptive.scores import batch_score, example_scores
 from pymerge.checkpoint.statistics import ESTIMATORS
@@ -96,6 +96,11 @@ class FisherCollector(Collector):
         if not self._handles:
             raise PymergeError("collect: expected backward within the with block, found it outside")
         given = logits if losses is None else losses
+        if given is not None and not isinstance(given, torch.Tensor):
+            raise PymergeError(
+                f"collect: expected logits or losses as a tensor, found {type(given).__name__}; "
+                "give the output's logits"
+            )
         if given is None or not given.requires_grad:
             raise PymergeError(
                 "collect: expected logits or losses that carry a gradient, found "
@@ -291,6 +296,8 @@ class FisherCollector(Collector):
                     "collect: expected logits of the model's latest call, found some that none of "
                     "its linear layers had a part in; call backward once after each call"
                 )
+            if number == 0:
+                self._check_calls(grads[: len(edges)], num, given)
             for example in range(num) if num > 1 and rest else ():
                 self._add_grads(
                     rest,
@@ -300,8 +307,17 @@ class FisherCollector(Collector):
                 )
             if num == 1:
                 self._add_grads(rest, grads[len(edges) :])
-            self._add_linears(grads[: len(edges)], linear, num, given)
+            self._add_linears(grads[: len(edges)], linear, num)
         return num
+
+    def _check_calls(self, grads: list[Any], num: int, given: torch.Tensor) -> None:
+        """Refuse a batch before any of it is added: the sums stay good for those that follow."""
+        lengths, pooled = set(self._lengths), given.ndim <= 2
+        if not pooled:
+            lengths.add(math.prod(given.shape[1:-1]))
+        for call, grad in zip(self._calls, grads, strict=True):
+            if grad is not None:
+                call.check(num, lengths, pooled)
 
     def _shared_biases(self) -> set[str]:
         """Biases of several modules: their gradients are sums that no one layer sees."""
@@ -320,20 +336,14 @@ class FisherCollector(Collector):
             if grad is not None:
                 total += grad.detach().float().square()
 
-    def _add_linears(
-        self, grads: list[Any], linear: set[str], num: int, given: torch.Tensor
-    ) -> None:
-        lengths = set(self._lengths)
-        if given.ndim > 2:
-            lengths.add(math.prod(given.shape[1:-1]))
+    def _add_linears(self, grads: list[Any], linear: set[str], num: int) -> None:
         by_weight: dict[str, list[tuple[Call, Any]]] = {}
         for call, grad in zip(self._calls, grads, strict=True):
             by_weight.setdefault(call.linear.name, []).append((call, grad))
         for name, calls in by_weight.items():
             with float32_products(calls[0][0].x.device):
-                pooled = given.ndim <= 2
                 pairs = [
-                    (call.rows(num, lengths, pooled), call.gradient(grad, num, lengths, pooled))
+                    (by_example(call.x, num), by_example(grad, num))
                     for call, grad in calls
                     if grad is not None
                 ]

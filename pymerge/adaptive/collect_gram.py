@@ -108,6 +108,10 @@ class GramCollector(Collector):
             counts=counts,
         )
 
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        super()._after(module, args, output)
+        self._sums.finish()
+
     def _hook(self, linear: LinearWeight, module: nn.Module) -> Any:
         # After the call, so that one that fails does not count.
         def after(

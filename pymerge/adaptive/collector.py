@@ -73,9 +73,10 @@ class Collector(ABC):
             self._handles.append(
                 self.model.register_forward_pre_hook(self._before, with_kwargs=True)
             )
-            self._handles.append(self.model.register_forward_hook(self._after, always_call=True))
             for linear in self._linears:
                 self._handles += [self._hook(linear, module) for module in linear.modules]
+            # After those of the layers: the model may be one of them.
+            self._handles.append(self.model.register_forward_hook(self._after, always_call=True))
         except BaseException:
             self._remove()
             raise

@@ -43,8 +43,14 @@ class _Waiting:
 
 
 def version_of(x: torch.Tensor) -> int:
-    """Counts the changes in place; of a tensor of inference mode nobody counts them."""
-    return 0 if x.is_inference() else int(x._version)
+    """Tells a tensor from itself before a change in place: torch counts these, but for tensors of
+    inference mode, which the sum of their bits stands for."""
+    import torch
+
+    if not x.is_inference():
+        return int(x._version)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return int(x.view(bits).sum())
 
 
 class GramSums:
@@ -52,7 +58,8 @@ class GramSums:
 
     Which layers share an input is not asked of the model but seen: a tensor's Gram is computed when
     the first layer gets it and belongs to all layers that get this very tensor. Layers whose inputs
-    were the same in every call are one group with one sum; where they part, so do their sums.
+    were the same in every call are one group with one sum; where they part, so do their sums. Call
+    :meth:`finish` between calls of the model: a tensor that comes again may have other real rows.
 
     :param device: where the sums are kept; None: where the first input is.
     """

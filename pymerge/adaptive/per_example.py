@@ -33,26 +33,16 @@ class Call:
     def of(cls, linear: LinearWeight, bias: str | None, x: torch.Tensor, edge: Any) -> Call:
         return cls(linear, bias, x.detach(), version_of(x), edge)
 
-    def rows(self, num: int, lengths: set[int], pooled: bool) -> torch.Tensor:
-        """The input as float32 [examples, rows, inputs]."""
+    def check(self, num: int, lengths: set[int], pooled: bool) -> None:
+        """Raises PymergeError where the input was changed since the call, or where it is not known
+        which of its rows are of which of ``num`` examples."""
         if version_of(self.x) != self.version:
             raise PymergeError(
                 f"collect: expected the input of the layer of {self.linear.name!r} as it was "
                 "called, found it changed in place since; make that operation one that returns a "
                 "new tensor"
             )
-        return self._by_example(self.x, num, lengths, pooled)
-
-    def gradient(
-        self, grad: torch.Tensor, num: int, lengths: set[int], pooled: bool
-    ) -> torch.Tensor:
-        """The gradient of the output as float32 [examples, rows, outputs]."""
-        return self._by_example(grad, num, lengths, pooled)
-
-    def _by_example(
-        self, x: torch.Tensor, num: int, lengths: set[int], pooled: bool
-    ) -> torch.Tensor:
-        shape = x.shape[:-1]
+        shape = self.x.shape[:-1]
         flat = {num * length for length in lengths} | ({num} if pooled else set())
         fits = shape[0] == num if len(shape) > 1 else bool(shape) and shape[0] in flat
         if num != 1 and not fits:
@@ -61,7 +51,11 @@ class Call:
                 f"its first dimension, found rows {list(shape)}, of which it is not known whose "
                 "they are; give the model batches of one example"
             )
-        return x.detach().reshape(num, -1, x.shape[-1]).float()
+
+
+def by_example(x: torch.Tensor, num: int) -> torch.Tensor:
+    """An input, or the gradient of an output, as float32 [examples, rows, columns]."""
+    return x.detach().reshape(num, -1, x.shape[-1]).float()
 
 
 def add_squares(

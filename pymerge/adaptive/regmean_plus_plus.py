@@ -210,10 +210,10 @@ def _grams(
         for call in data:
             rows = call.real
             call.run(part, number)
+            sums.finish()
     finally:
         for handle in handles:
             handle.remove()
-    sums.finish()
     return sums
 
 

@@ -95,10 +95,10 @@ def _write_data(path: Path, parts: Sequence[Part], counts: Mapping[str, int]) ->
     tensors = [*numbers, *(OutputTensor(part.name, F32, part.shape) for part in parts)]
     with open(path, "wb") as file:
         file.write(encode_header(tensors, METADATA))
-        np.array(list(counts.values()), "<i8").tofile(file)
+        file.write(np.array(list(counts.values()), "<i8").data)
         for part in parts:
             for piece in part.pieces():
-                np.ascontiguousarray(piece, "<f4").tofile(file)
+                file.write(np.ascontiguousarray(piece, "<f4").data)
         file.flush()
         os.fsync(file.fileno())
 

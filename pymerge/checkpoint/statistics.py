@@ -32,6 +32,8 @@ STATISTICS_FORMAT = 1
 ROWS_SUFFIX = ".rows_seen"
 #: How a Fisher diagonal was estimated.
 ESTIMATORS = ("monte_carlo", "exact", "empirical", "mergelm")
+#: What no norm of float32 numbers reaches; one that is not 0 is above its inverse.
+LARGEST_NORM = 1e60
 
 Kind = Literal["gram", "fisher"]
 
@@ -180,8 +182,12 @@ def _read_grams(path: Path, section: dict[str, Any], header: Header) -> Statisti
 def _read_fisher(path: Path, section: dict[str, Any], header: Header) -> Statistics:
     norm, estimator = section.get("norm"), section.get("estimator")
     examples = _count(path, "fisher", section, "examples")
-    if isinstance(norm, bool) or not isinstance(norm, float | int) or not 0 <= norm < math.inf:
-        _refuse(path, "fisher, norm", "a finite number from 0", norm)
+    if (
+        isinstance(norm, bool)
+        or not isinstance(norm, float | int)
+        or not (norm == 0 or 1 / LARGEST_NORM <= norm <= LARGEST_NORM)
+    ):
+        _refuse(path, "fisher, norm", f"a number from 0 to {LARGEST_NORM:g}", norm)
     if estimator not in ESTIMATORS:
         _refuse(path, "fisher, estimator", f"one of {', '.join(ESTIMATORS)}", estimator)
     for name, entry in header.tensors.items():
@@ -218,8 +224,8 @@ def _check_against(path: Path, found: Statistics, checkpoint: Checkpoint) -> Non
 
 def _count(path: Path, where: str, fields: dict[str, Any], key: str) -> int:
     value = fields.get(key)
-    if type(value) is not int or value < 1:
-        _refuse(path, f"{where}, {key}", "a positive whole number", value)
+    if type(value) is not int or not 1 <= value < 1 << 63:
+        _refuse(path, f"{where}, {key}", "a positive whole number of 64 bits", value)
     return value
 
 

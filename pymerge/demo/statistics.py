@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 import pymerge
+from pymerge.checkpoint import find_statistics
 from pymerge.demo import checkpoint
 from pymerge.demo.data import Task
 from pymerge.demo.model import one_thread
@@ -31,7 +32,7 @@ def collect(kind: Kind, tasks: Sequence[Task], models: Mapping[str, Path]) -> No
     """Save the statistics of every expert beside it, where they are not there."""
     for task in tasks:
         folder = models[task.name]
-        if not (folder / "pymerge-statistics" / f"{kind}.safetensors").exists():
+        if find_statistics(folder, kind) is None:
             _collect(kind, task, folder)
 
 

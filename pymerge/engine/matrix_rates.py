@@ -66,12 +66,15 @@ def measure_matrix_rates(threads: int, torch_name: str = "cpu") -> MatrixRates:
     with Workspace(threads, torch_name) as ws, ws.active():
         size = SIZE if ws.on_host else DEVICE_SIZE
 
-        def rate(run: Callable[[], object], flops: float) -> float:
-            run()
-            begin = time.perf_counter()
+        def finish(run: Callable[[], object]) -> None:
             run()
             if not ws.on_host:
                 torch.cuda.synchronize(ws.device)
+
+        def rate(run: Callable[[], object], flops: float) -> float:
+            finish(run)
+            begin = time.perf_counter()
+            finish(run)
             return flops / (time.perf_counter() - begin)
 
         generator = torch.Generator().manual_seed(0)

@@ -59,7 +59,7 @@ class Biases:
                 if module.name not in self.changed:
                     delta = np.zeros_like(delta)
                 name = f"{PREFIX}{module.name}.lora_B.bias"
-                yield OutputTensor(name, format, delta.shape), [rounded(delta, format)]
+                yield OutputTensor(name, format, delta.shape), [rounded(delta, format, name)]
             elif module.name in self.changed:
                 name = f"{PREFIX}{module.name}.base_layer.bias"
                 entry = pair.model

@@ -35,7 +35,7 @@ from pymerge.lora.read import (
     refuse_non_finite,
     rounded,
 )
-from pymerge.lora.truncate import Truncation, checked, format_of, percent
+from pymerge.lora.truncate import Truncation, checked, format_of, percent, rank_text
 from pymerge.names import listed, nearest, shown
 from pymerge.ops.workspace import Workspace
 from pymerge.sizes import format_size
@@ -108,7 +108,7 @@ class CombineReport:
         """The report in words."""
         ranks = sorted(module.rank for module in self.modules)
         found = [
-            f"{self.out}: {self.method}, {len(ranks)} modules of rank {ranks[0]} to {ranks[-1]}, "
+            f"{self.out}: {self.method}, {len(ranks)} modules of {rank_text(ranks)}, "
             f"{format_size(self.num_bytes)}"
         ]
         worst = self.worst
@@ -172,6 +172,9 @@ def combine_lora(
     names = [os.fspath(each) for each in adapters]
     rule = _check(method, names, weights, rank, energy, density)
     truncation = checked(rank, energy)
+    for name in names:
+        if os.path.exists(name) and os.path.realpath(name) == os.path.realpath(out):
+            raise PlanError(f"output {os.fspath(out)}: it is one of the adapters; choose another")
     factors = [1.0] * len(names) if weights is None else [float(each) for each in weights]
     opened = open_adapters(names, allow_pickle=allow_pickle)
     _check_ranks(opened, method, rule)
@@ -294,7 +297,7 @@ class _Combination:
         if self._biased:
             tensors.append(self._bias(name, group[0]))
             arrays.append(self._bias_sum(group))
-        data = [rounded(array, self._format) for array in arrays]
+        data = [rounded(array, self._format, name) for array in arrays]
         return _Made(list(zip(tensors, data, strict=True)), rank, made.energy)
 
     def _combine(

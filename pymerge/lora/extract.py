@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +44,7 @@ from pymerge.lora.read import (
     refuse_non_finite,
     rounded,
 )
-from pymerge.lora.truncate import Truncation, checked, format_of, percent
+from pymerge.lora.truncate import Truncation, checked, format_of, percent, rank_text
 from pymerge.names import shown
 from pymerge.ops.matrix.spectrum import truncated_svd
 from pymerge.ops.workspace import Workspace
@@ -95,18 +96,23 @@ class ExtractReport:
         worst = self.worst
         found = [f"warning: {warning}" for warning in self.warnings]
         found.append(
-            f"{self.out}: {len(ranks)} modules of rank {ranks[0]} to {ranks[-1]}, "
-            f"{format_size(self.num_bytes)}"
+            f"{self.out}: {len(ranks)} modules of {rank_text(ranks)}, {format_size(self.num_bytes)}"
         )
         found.append(
             f"the factors of {worst.name} hold {percent(worst.energy)} of its change (squared "
             "norm), those of all others as much or more"
         )
         if self.saved:
-            found.append(f"saved whole: {', '.join(self.saved)}")
+            found.append(f"saved whole: {_first(self.saved)}")
         if self.left_out:
-            found.append(f"left out: {', '.join(self.left_out)}")
+            found.append(f"left out: {_first(self.left_out)}")
         return found
+
+
+def _first(names: Sequence[str], most: int = 20) -> str:
+    """Names for a line of the report, and how many there are beyond."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class _Factors(NamedTuple):
@@ -341,6 +347,7 @@ def _decompose(
     delta = difference(module.weight, module.base)
     refuse_non_finite(module.weight, delta, "changes of weights")
     num_out, num_in = module.shape
+    written = partial(rounded, format=format, name=module.name)
     most = min(truncation.rank or num_in, num_in, num_out)
     x = torch.from_numpy(delta).to(ws.device)
     del delta
@@ -350,9 +357,9 @@ def _decompose(
     keep, share = truncation.count(values, float(values.square().sum()) + tail)
     if not keep:
         zeros = np.zeros(max(num_in, num_out), np.float32)
-        return _Factors(0, share, rounded(zeros[:num_in], format), rounded(zeros[:num_out], format))
+        return _Factors(0, share, written(zeros[:num_in]), written(zeros[:num_out]))
     b, a = truncation.split(left[:, :keep], values[:keep], right[:keep])
-    return _Factors(keep, share, rounded(a.cpu().numpy(), format), rounded(b.cpu().numpy(), format))
+    return _Factors(keep, share, written(a.cpu().numpy()), written(b.cpu().numpy()))
 
 
 def _refuse_nothing(chosen: Sequence[LowRankModule], division: Division, opened: _Models) -> None:

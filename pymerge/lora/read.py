@@ -52,12 +52,13 @@ def difference(model: TensorEntry, base: TensorEntry) -> Floats:
 
 
 def mean(entries: Sequence[TensorEntry], format: Format) -> Bytes:
-    """The mean of tensors of one shape, in float32 and rounded once. Raises StorageError."""
+    """The mean of tensors of one shape, in float32 and rounded once. Raises StorageError, and
+    CheckpointError for one that is not finite."""
     raw = [_read(entry) for entry in entries]
     inputs = [_view(each, entry) for each, entry in zip(raw, entries, strict=True)]
     out = np.empty(entries[0].num_elements, np.float32)
     axpy_n(view(out), inputs, [1.0] * len(inputs), divisor=len(inputs))
-    return rounded(out, format)
+    return rounded(out, format, entries[0].name)
 
 
 def equal(one: TensorEntry, two: TensorEntry) -> bool:
@@ -76,14 +77,23 @@ def _copies(entry: TensorEntry) -> Iterator[Bytes]:
     return (piece.copy() for piece in pieces(entry))
 
 
-def rounded(array: NDArray[Any], format: Format) -> Bytes:
-    """The bytes of a float32 or float64 array in a format, rounded once."""
+def rounded(array: NDArray[Any], format: Format, name: str) -> Bytes:
+    """The bytes of a float32 or float64 array in a format, rounded once.
+
+    :param name: what to name in the message.
+    :raises CheckpointError: the format cannot hold some of them.
+    """
     array = np.ascontiguousarray(array)
     out = np.empty(array.size * format.num_bytes, np.uint8)
     if array.size:
         kind = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
         typed = out.view(kind[format.name])
-        convert(view(typed, BF16 if format == BF16 else None), view(array))
+        count = convert(view(typed, BF16 if format == BF16 else None), view(array))
+        if count:
+            raise CheckpointError(
+                f"{name}: expected values that {format.name} can hold, found {count} that are "
+                "beyond it or not finite; choose dtype float32 or bfloat16, and check the models"
+            )
     return out
 
 

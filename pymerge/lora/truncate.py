@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,11 @@ def format_of(dtype: str) -> Format:
     if dtype not in DTYPES:
         raise PymergeError(f"dtype: expected {listed(DTYPES)}, found {shown(dtype)}")
     return DTYPES[dtype]
+
+
+def rank_text(ranks: Sequence[int]) -> str:
+    """Ranks in ascending order, for a sentence."""
+    return f"rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] > ranks[0] else "")
 
 
 def percent(share: float) -> str:

@@ -24,7 +24,7 @@ code does for CLIP and T5, encoder weights without layer norms; by default all m
 
 Departures from the official code: a task vector of zeros has no part in the matrix (there λᵢ is
 infinite); directions of rank 0 (``σ < 10⁻⁶·σ₁``) are not projected onto, where the authors take
-what LAPACK fills in; with one model, whose left vectors are orthonormal already, U are its largest.
+what LAPACK fills in; with one task vector, whose left vectors are orthonormal, U are its largest.
 Where the vectors side by side have equal singular values around the cut, U is arbitrary, as there.
 All task vectors of a matrix are in memory at once.
 """
@@ -324,7 +324,7 @@ def shared_directions(
     for first in range(0, len(used), group):
         for vectors in ws.map(left, used[first : first + group]):
             stack.add(vectors)
-    if num == 1:
+    if len(used) == 1:
         return stack.rows[:size].float()
     return truncated_svd(stack.rows, size, ws, cut=CUT).right.float()
 

@@ -4,7 +4,7 @@ columns, one or several in a tensor."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pymerge.errors import RecipeError
@@ -138,6 +138,35 @@ def blocks_of(tensor: Tensor) -> tuple[Block, ...]:
             )
             place += part
     return tuple(found)
+
+
+def unmatched(tensors: Sequence[Tensor]) -> list[str]:
+    """What ``layers``, ``exclude``, ``split`` and ``transpose`` look for and do not find in the
+    names of the tensors, and whether no tensor is taken as a matrix, in sentences."""
+    found: dict[tuple[str, str], bool] = {}
+    taken = 0
+    tensors = [tensor for tensor in tensors if "layers" in tensor.parameters]
+    for tensor in tensors:
+        taken += bool(blocks_of(tensor))
+        for name in ("layers", "exclude", "transpose"):
+            pattern = str(tensor.parameters.get(name, ""))
+            if pattern and pattern != NOT_MATRICES:
+                key = name, pattern
+                found[key] = found.get(key, False) or _matches(name, pattern, tensor.name)
+        for entry in filter(None, str(tensor.parameters.get("split", "")).split(",")):
+            key = "split", entry.partition("=")[0].strip()
+            found[key] = found.get(key, False) or key[1] in tensor.name
+    sentences = [
+        f"{name}: no tensor has a match for {pattern!r} in its name"
+        for (name, pattern), matched in found.items()
+        if not matched
+    ]
+    if tensors and not taken:
+        sentences.append(
+            f"none of {len(tensors)} tensors is taken as a matrix, so that the method has no part "
+            "in the result; see layers and exclude"
+        )
+    return sentences
 
 
 def _matches(name: str, pattern: object, tensor: str) -> bool:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pymerge.errors import PymergeError
 from pymerge.methods.matrices import FLOAT
 from pymerge.methods.protocol import Cost
 
@@ -136,7 +137,10 @@ class Quadratic:
 
     def momentum(self, steps: int, lr: float, momentum: float) -> torch.Tensor:
         """The iterate after ``steps`` steps of gradient descent with heavy-ball momentum. Each step
-        is linear in θ, so all of them together are one polynomial of C."""
+        is linear in θ, so all of them together are one polynomial of C.
+
+        :raises PymergeError: the steps are so large that no polynomial of moderate degree follows.
+        """
         from pymerge.ops.matrix import polynomial_filter
 
         def phi(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -147,7 +151,13 @@ class Quadratic:
                     moved += lr * velocity
             return moved
 
-        return self._from_start(polynomial_filter(self.c, self.r, self.ws, phi))
+        try:
+            return self._from_start(polynomial_filter(self.c, self.r, self.ws, phi))
+        except PymergeError as error:
+            raise PymergeError(
+                f"{steps} steps of gradient descent with lr {lr:g} and momentum {momentum:g} go "
+                "beyond all bounds where they should settle; lower lr or steps"
+            ) from error
 
     def spectral(
         self, phi: Callable[[torch.Tensor], torch.Tensor], most: int | None = None
@@ -226,8 +236,9 @@ def direct_cost(rows: int, columns: int, num_models: int, *, double: bool, eigen
     elements, square = rows * columns, columns**2
     # R, the start, the task vector, its difference to the start and a copy in float64.
     building = item * square + (2 * item + 2 * FLOAT + (8 if double else 0)) * elements
-    # C as float64, LAPACK's vectors and its work, the vectors in order; or a copy and its factor.
-    solving = (item + 5 * 8) * square + (item + 2 * FLOAT) * elements
+    # C as float64, LAPACK's vectors and its work, the vectors in order; or a copy that becomes the
+    # factor.
+    solving = (item + (5 * 8 if eigen else 8)) * square + (item + 2 * FLOAT) * elements
     solving += 0 if eigen else 8 * elements
     flops = build_flops(rows, columns, num_models)
     last = 4.0 * elements * columns + (0 if eigen else columns**3 / 3)

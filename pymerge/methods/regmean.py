@@ -91,7 +91,9 @@ def _type(columns: int) -> str:
 
 def _cost(rows: int, columns: int, num_models: int) -> Cost:
     size = 8 if _type(columns) == "float64" else FLOAT
-    grams = 2 * size * columns**2 + FLOAT * columns * (columns + 1) // 2
+    # A model's Gram from its triangle beside the sum; or the sum and its factor in float64.
+    both = 2 * size * columns**2 + FLOAT * columns * (columns + 1) // 2
+    grams = max(both, (size + 8) * columns**2)
     # Mean, difference, right-hand side and solution, and the products that make it.
     num_bytes = grams + (2 * FLOAT + 3 * size) * rows * columns
     products = 2.0 * num_models * columns**2 * rows

@@ -146,7 +146,9 @@ SPEC = MethodSpec(
 def is_upscaled(tensor: Tensor) -> bool:
     """Whether a tensor is the weight of a layer that gains experts."""
     module, _, last = tensor.name.rpartition(".")
-    return len(tensor.shape) == 2 and (last == "weight" or not module) and bool(blocks_of(tensor))
+    # In a file a matrix outside of any module is no layer's; one in memory has no siblings.
+    is_weight = last == "weight" if module else not tensor.siblings
+    return len(tensor.shape) == 2 and is_weight and bool(blocks_of(tensor))
 
 
 def is_bias(tensor: Tensor) -> bool:

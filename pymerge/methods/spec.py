@@ -17,6 +17,11 @@ Statistics = Literal["none", "row", "tensor", "model", "tensor or model", "row o
 PRESET = "preset"
 
 
+def value_text(value: ParameterValue | None) -> str:
+    """A value as a recipe writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value) or "''"
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """One parameter of a method.
@@ -82,12 +87,12 @@ class MethodSpec:
         end = "or more" if self.max_models is None else f"to {self.max_models}"
         return f"{self.min_models} {end}"
 
-    def preset_lines(self) -> dict[str, str]:
+    def preset_lines(self) -> dict[str, list[str]]:
         """What each preset sets, as a recipe writes it; empty for the one that is the default."""
         found = {}
         for name in self.parameters[PRESET].choices if PRESET in self.parameters else ():
             values = self.presets.get(name, {})
-            found[name] = ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
+            found[name] = [f"{key}: {value_text(value)}" for key, value in values.items()]
         return found
 
     def default(self, name: str, preset: ParameterValue | None) -> ParameterValue | None:

@@ -3,9 +3,9 @@
 
 A task vector's rows span what its layer's inputs look like, so a merged task vector θ disturbs task
 i by its product with τᵢᵀ: ``L(θ) = Σᵢ ‖(θ − τᵢ)·τᵢᵀ‖² / ‖τᵢ‖²``. It starts from ``Στᵢ``, and the
-result is ``θ₀ + λ·θ``. L is quadratic: at ``θ = S + δ`` with ``S = Στᵢ`` it is ``∇L = 2·(δC − R)``
-(see quadratic.py). Every solver works on C and R, whose size does not depend on the number of
-models, and one model is in memory at a time.
+result is ``θ₀ + λ·θ``. L is quadratic: at ``θ = S + δ`` with ``S = Στᵢ`` it is ``∇L = 2·(δC − R)``,
+``C = Σᵢ τᵢᵀτᵢ/‖τᵢ‖²`` and ``R = Σᵢ (τᵢ − S)·τᵢᵀτᵢ/‖τᵢ‖²``. Every solver works on C and R, whose
+size does not depend on the number of models, and one model is in memory at a time.
 
 - ``solver: adam`` (default) makes the authors' iterates: Adam, ``steps`` of them at ``lr``.
   That early stop is their regulariser: the minimiser is another point, and merged models made of it
@@ -198,5 +198,5 @@ def solution(found: Quadratic, matrix: Matrix, how: str) -> torch.Tensor:
     time = float(parameters["time"])
     if how == "flow":
         return found.flow(time)
-    most = max(1, math.ceil(float(parameters["keep"]) * matrix.block.columns - 1e-9))
+    most = math.ceil(float(parameters["keep"]) * matrix.block.columns - 1e-9)
     return found.spectral(lambda values: -(-time * values).expm1() / values, most)

@@ -46,7 +46,7 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
     least = OVERHEAD_BYTES + SMALLEST_ARENA
     if memory < least:
         raise PlanError(
-            f"a memory of {memory / (1 << 20):.4g} MiB is too little: the program itself takes "
+            f"a memory of {format_size(memory)} is too little: the program itself takes "
             f"about {OVERHEAD_BYTES >> 20} MiB and needs {SMALLEST_ARENA >> 20} MiB to stream; "
             f"give at least {least >> 20} MiB"
         )
@@ -76,7 +76,7 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
             least += sum(most) + threads * _panel_bytes(jobs) + TORCH_BYTES
         needed = _enough(OVERHEAD_BYTES + updates + scratch + least, tables)
         raise PlanError(
-            f"a memory of {memory / (1 << 20):.4g} MiB is too little to merge "
+            f"a memory of {format_size(memory)} is too little to merge "
             f"{max(len(job.sources) for job in jobs)} tensors at once; give at "
             f"least {(needed >> 20) + 1} MiB"
         )
@@ -169,7 +169,7 @@ def _update_bytes(jobs: Sequence[Job], memory: int, overhead: int) -> int:
         least = OVERHEAD_BYTES + SMALLEST_ARENA + largest
         needed = least * SELECTION_SHARE // (SELECTION_SHARE - 1)
         raise PlanError(
-            f"a memory of {memory / (1 << 20):.4g} MiB is too little: the adapters' matrices for "
+            f"a memory of {format_size(memory)} is too little: the adapters' matrices for "
             f"tensor {job.name!r} take {(largest >> 20) + 1} MiB; give at least "
             f"{(needed >> 20) + 1} MiB"
         )
@@ -180,7 +180,7 @@ def _too_long_rows(jobs: Sequence[Job], memory: int, arena: int) -> str:
     longest = max(jobs, key=lambda job: job.granule * job.element_bytes)
     needed = -(-(arena + OVERHEAD_BYTES) * SELECTION_SHARE // (SELECTION_SHARE - 1) >> 20) + 1
     return (
-        f"a memory of {memory / (1 << 20):.4g} MiB is too little: the method looks at whole rows, "
+        f"a memory of {format_size(memory)} is too little: the method looks at whole rows, "
         f"and those of tensor {longest.name!r} have {longest.granule} elements in each of "
         f"{len(longest.sources)} models; give at least {needed} MiB"
     )

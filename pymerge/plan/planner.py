@@ -18,6 +18,7 @@ from pymerge.checkpoint import (
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.formats import Format, promote
 from pymerge.methods import get_method
+from pymerge.methods.layout import unmatched
 from pymerge.methods.protocol import Method
 from pymerge.ops.opset import OpSet, choose_ops
 from pymerge.plan.collected import collected, with_statistics
@@ -84,7 +85,7 @@ def make_plan(
         )
     check_devices(jobs, set(ops.backends.values()))
     model_wide = any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs)
-    warnings += _rehearse(method, jobs, ops, model_wide)
+    warnings += _rehearse(method, jobs, ops, model_wide, strict)
     warnings += _file_warnings(checkpoints[recipe.donor])
     _check_tokenizer(recipe, checkpoints)
     return Plan(
@@ -136,11 +137,14 @@ def _check_tokenizer(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint])
         )
 
 
-def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: bool) -> list[str]:
+def _rehearse(
+    method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: bool, strict: bool
+) -> list[str]:
     """Let the method decide what it can without data, so that its objections come before the run.
 
     :returns: its warnings.
     :raises RecipeError: the parameters of a tensor do not work together.
+    :raises PlanError: names that the parameters look for are not there, and ``strict``.
     """
     tensors = [job.tensor(ops) for job in jobs if job.kind == "merge"]
     for tensor in tensors:
@@ -148,7 +152,10 @@ def _rehearse(method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: boo
     method.check(tensors)
     if model_wide and method.measure_model is not None:
         next(method.measure_model(tensors), None)
-    return method.warnings(tensors)
+    sentences = unmatched(tensors)
+    if strict and sentences:
+        raise PlanError("; ".join(sentences))
+    return sentences + method.warnings(tensors)
 
 
 def _draft(

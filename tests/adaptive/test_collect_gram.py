@@ -93,6 +93,14 @@ def test_layers_on_one_tensor_share_one_sum(attention):
     ]
 
 
+def test_padding_of_nan_does_not_part_layers_in_inference_mode(attention):
+    x, mask = torch.full((1, 3, 6), float("nan")), torch.tensor([[1, 1, 0]])
+    x[:, :2] = torch.randn(2, 6)
+    with torch.inference_mode(), pymerge.collect(attention) as collector:
+        attention(x + 0, attention_mask=mask)
+    assert len(collector._sums.groups) == 2
+
+
 def test_layers_that_part_get_sums_of_their_own(mean_gram):
     """a and b share their input in the first call, a and c in the second, all in the third."""
 
@@ -140,6 +148,55 @@ def test_a_tensor_changed_in_place_is_another_input(mean_gram):
         model(x)
     close(collector.gram("a.weight"), mean_gram([first]))
     close(collector.gram("b.weight"), mean_gram([3 * first]), 3e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_one_tensor_for_every_batch(mean_gram, mode):
+    """A buffer that is filled again, by changes that inference mode does not count."""
+    model, seen = nn.Sequential(nn.Linear(4, 3)), []
+    with mode(), pymerge.collect(model) as collector:
+        buffer = torch.empty(6, 4)
+        for _ in range(3):
+            seen.append(buffer.normal_().double().numpy().copy())
+            model(buffer)
+    close(collector.gram("0.weight"), mean_gram(seen))
+
+
+def test_a_change_in_place_within_a_call_in_inference_mode(mean_gram):
+    class Activated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            hidden = x + 0
+            before = self.a(hidden)
+            return before + self.b(hidden.relu_())
+
+    model, x = Activated(), torch.randn(6, 4)
+    with torch.inference_mode(), pymerge.collect(model) as collector:
+        model(x)
+    close(collector.gram("a.weight"), mean_gram([x.double().numpy()]))
+    close(collector.gram("b.weight"), mean_gram([x.relu().double().numpy()]))
+
+
+def test_one_tensor_with_another_mask_in_each_call(mean_gram):
+    x, masks = torch.randn(2, 3, 4), torch.tensor([[[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 0]]])
+    model = nn.Sequential(nn.Linear(4, 3))
+    with pymerge.collect(model) as collector:
+        for mask in masks:
+            collector.mask(mask)
+            model(x)
+    assert collector.rows_seen == {"0.weight": 5}
+    close(collector.gram("0.weight"), mean_gram([x.double().numpy()] * 2, list(masks.numpy())))
+
+
+def test_a_mask_for_a_model_that_is_one_layer(mean_gram):
+    layer, x, mask = nn.Linear(4, 3), torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    with pymerge.collect(layer) as collector:
+        collector.mask(mask)
+        layer(x)
+    close(collector.gram("weight"), mean_gram([x.double().numpy()], [mask.numpy()]))
 
 
 def test_a_layer_called_twice_and_tied_layers_sum_over_all_their_inputs(mean_gram):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -168,6 +169,19 @@ def test_whenever_saving_stops_the_index_is_true(net, folder, monkeypatch, stop)
     grams(net, torch.randn(8, 5)).save(folder)
     assert find_statistics(folder, "gram").grams["a.weight"].rows_seen == 8
     assert not list(folder.rglob("*.partial"))
+
+
+def test_a_write_that_fails_half_way_says_why(tmp_path):
+    model = nn.Sequential(nn.Linear(300, 2))
+    collected = grams(model, torch.randn(3, 300))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="failed: File too large"):
+            collected.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "pymerge-statistics").iterdir())
 
 
 def test_a_saved_transformers_model(tmp_path):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from rich.console import Console
 
 import pymerge
-from pymerge.demo import DemoResult, checkpoint, run_demo
+from pymerge.demo import DemoResult, checkpoint, run_demo, statistics
+from pymerge.demo.data import Split, Task
 from pymerge.demo.recipes import CONFIGURATIONS
 from pymerge.demo.train import Settings
 from pymerge.methods import METHODS
@@ -62,7 +65,26 @@ def test_everything_is_left_in_the_folder(demo: tuple[DemoResult, str]) -> None:
         assert row.title in printed
         assert f"{100 * row.mean:.1f}" in printed
         assert figures["accuracy"][row.name]["tasks"] == row.accuracies
-    assert set(result.seconds) == {"data", "training", "merging", "evaluation", "plot"}
+    stages = {"data", "training", "statistics", "merging", "evaluation", "plot"}
+    assert set(result.seconds) == stages
+
+
+def test_statistics_that_no_index_speaks_of_are_collected_again(
+    demo: tuple[DemoResult, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run leaves them that was stopped between the data and its index."""
+    result, _ = demo
+    none = Split(np.empty((0, 64), np.float32), np.empty(0, np.int64))
+    task = Task("one", 2, none, none, none)
+    folder = tmp_path / "model"
+    shutil.copytree(result.folder / "models" / next(iter(result.experts.accuracies)), folder)
+    collected: list[Path] = []
+    monkeypatch.setattr(statistics, "_collect", lambda _, __, at: collected.append(at))
+    statistics.collect("gram", [task], {"one": folder})
+    assert not collected
+    (folder / "pymerge-statistics" / "statistics.json").unlink()
+    statistics.collect("gram", [task], {"one": folder})
+    assert collected == [folder]
 
 
 def test_recipes_can_be_run_again(demo: tuple[DemoResult, str], tmp_path: Path) -> None:

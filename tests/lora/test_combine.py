@@ -362,6 +362,19 @@ def test_factors_of_other_shapes(adapter, tmp_path, monkeypatch):
         pymerge.combine_lora([one, adapter("two")], tmp_path / "out")
 
 
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_factors_that_the_format_cannot_hold(adapter, tmp_path, method):
+    with pytest.raises(CheckpointError, match=r"model\.\w+: expected values that F16 can hold"):
+        pymerge.combine_lora(
+            [adapter("a")], tmp_path / "out", method=method, weights=[1e12], dtype="float16"
+        )
+    assert not (tmp_path / "out").exists()
+    report = pymerge.combine_lora(
+        [adapter("b")], tmp_path / "out", method=method, weights=[1e12], dtype="bfloat16"
+    )
+    assert len(report.modules) == 3
+
+
 def test_factors_that_are_not_finite(adapter, tmp_path):
     one = adapter("one")
     file = one / "adapter_model.safetensors"
@@ -399,12 +412,18 @@ def test_no_adapters(tmp_path):
         pymerge.combine_lora([], tmp_path / "out")
 
 
+def test_an_adapter_is_no_output(adapter, tmp_path):
+    one, two = adapter("one"), adapter("two", seed=1)
+    with pytest.raises(PlanError, match="one of the adapters"):
+        pymerge.combine_lora([one, two], one, overwrite=True)
+
+
 def test_the_command(adapter, tmp_path, run_pymerge):
     adapter("one"), adapter("two", seed=1)
     weights = ["--weight", "0.5", "--weight", "-0.5"]
     done = run_pymerge("combine-lora", "out", "one", "two", *weights, "--rank", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "out: svd, 3 modules of rank 2 to 2" in done.stdout
+    assert "out: svd, 3 modules of rank 2," in done.stdout
     u, s, vt = np.linalg.svd((delta(tmp_path / "one", UP) - delta(tmp_path / "two", UP)) / 2)
     best = u[:, :2] * s[:2] @ vt[:2]
     assert relative(delta(tmp_path / "out", UP), best) < 1e-6

@@ -273,6 +273,14 @@ def test_half_precision_models_and_factors(base, write, tmp_path, dtype, bound):
         assert (b.double() @ a.double() - delta).norm() <= bound * delta.norm()
 
 
+def test_factors_that_the_format_cannot_hold(base, write, tmp_path):
+    model = {**base, f"{Q0}.weight": base[f"{Q0}.weight"] * 1e15}
+    folders = write("base", base), write("model", model)
+    with pytest.raises(CheckpointError, match=rf"{Q0}: expected values that F16 can hold"):
+        pymerge.extract_lora(*folders, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_threads_do_not_change_a_byte(base, write, tmp_path):
     folders = write("base", base), write("model", tuned(base, LINEAR))
     files = []
@@ -425,7 +433,7 @@ def test_the_command(base, write, tmp_path, run_pymerge):
     options = ["--energy", "0.9", "--exclude", "q_proj", "--dtype", "bfloat16"]
     done = run_pymerge("extract-lora", "base", "model", "out", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "4 modules of rank 2 to 2" in done.stdout
+    assert "4 modules of rank 2," in done.stdout
     assert "left out: model.layers.0.self_attn.q_proj" in done.stdout
     opened = open_checkpoint(str(tmp_path / "base"), adapter=str(tmp_path / "out"))
     assert sum(update_of(entry) is not None for entry in opened.tensors.values()) == 4

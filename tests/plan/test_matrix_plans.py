@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
-from pymerge import api
+from pymerge import api, terminal
 from pymerge.cli import app
 from pymerge.engine import matrix_rates
 from pymerge.engine.matrix_rates import MatrixRates, matrix_rates_of, matrix_seconds
@@ -18,13 +23,11 @@ from pymerge.errors import PlanError
 from pymerge.methods import METHODS
 from pymerge.methods.protocol import Cost, Tensor
 from pymerge.ops.opset import choose_ops
+from pymerge.ops.workspace import Workspace
 
-GIB = 1 << 30
 #: Linear layers of Llama 70B, [outputs, inputs].
 LLAMA_70B = [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
 MATRIX_METHODS = sorted(name for name, entry in METHODS.items() if entry.cost is not None)
-
-
 #: Where the defaults come to no work: the mean of LoRE's differences is the plain mean.
 WORKING = {"lore": {"merge": "sum"}}
 #: The basis that KnOTS's task vectors share is as large as their outputs, of dense models whole.
@@ -128,17 +131,36 @@ def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert matrix_rates_of(api.plan(linear, memory="600MiB")) is None
 
 
+def test_a_device_is_waited_for_before_and_after_what_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A device returns before it has computed: what warms it up must not be timed."""
+    events = []
+    monkeypatch.setattr(matrix_rates, "DEVICE_SIZE", 8)
+    monkeypatch.setattr(Workspace, "on_host", False)
+    monkeypatch.setattr(Workspace, "matmul", lambda *_: events.append("run"))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: events.append("run"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: events.append("wait"))
+    clock = iter(range(6))
+    monkeypatch.setattr(time, "perf_counter", lambda: events.append("clock") or next(clock))
+    matrix_rates.measure_matrix_rates(1)
+    assert events == [*["run", "wait", "clock"] * 6, "wait"]
+
+
 def test_the_command_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYMERGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(matrix_rates, "SIZE", 64)
     path = tmp_path / "recipe.yml"
     path.write_text(json.dumps(small_recipe(tmp_path)))
     words = ["plan", str(path), "--memory", "600MiB", "--folder", str(tmp_path)]
+    stream = io.StringIO()
+    monkeypatch.setattr(terminal, "_out", Console(file=stream, width=400))
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0, shown.output
-    assert "1 tensor, at most" in shown.output
-    assert "(model.layers.0.up.weight)" in shown.output
-    assert "s at the rates of this machine" in shown.output
+    assert "1 tensor, at most" in stream.getvalue()
+    assert "(model.layers.0.up.weight)" in stream.getvalue()
+    assert "s at the rates of this machine" in stream.getvalue()
     found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["matrices"]
     assert found["seconds"] > 0
     assert found["largest"] == "model.layers.0.up.weight"

@@ -118,6 +118,8 @@ def _rank(values: torch.Tensor, cut: float) -> int:
 def _by_eigenvectors(
     tall: torch.Tensor, g: torch.Tensor, cut: float, ws: Workspace
 ) -> tuple[torch.Tensor, int]:
+    import torch
+
     values, vectors = gram_eigh(g, ws)
     rank = _rank(values, cut)
     kept = vectors[:, :rank].contiguous()
@@ -127,7 +129,7 @@ def _by_eigenvectors(
         return (tall[rows].double() @ kept).square_().sum(0)
 
     # The length of x·v is the singular value, more exact than the root of an eigenvalue.
-    lengths = sum(ws.map(squares, ws.panels(tall.shape[0]))).sqrt_()
+    lengths = torch.stack(ws.map(squares, ws.panels(tall.shape[0]))).sum(0).sqrt_()
     inverse = ws.matmul(kept / lengths, kept.t())
     return product(tall, inverse, ws, out=tall.new_empty(tall.shape)), rank
 
@@ -163,9 +165,10 @@ def _rational(
         total += inverses.pop(0)
     total.diagonal().add_(step.scale)
     total /= math.sqrt(bound)
-    start = product(tall, total, ws, out=tall.new_empty(tall.shape))
+    start = [product(tall, total, ws, out=tall.new_empty(tall.shape))]
     del total
-    return _converge(start, step.low, 1.0, ws)
+    # Taken out of the list, so that it is gone when the next iterate is there.
+    return _converge(start.pop(), step.low, 1.0, ws)
 
 
 def _iterate(tall: torch.Tensor, ws: Workspace) -> tuple[torch.Tensor, float] | None:

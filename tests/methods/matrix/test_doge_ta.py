@@ -205,8 +205,8 @@ def test_task_vectors_of_zeros_and_copies() -> None:
     zeros = pymerge.merge_tensor("doge_ta", base, [base, base])
     assert (zeros == base).all()
     nothing = np.zeros_like(tau)
-    both = pymerge.merge_tensor("doge_ta", nothing, [tau, nothing], subspace=100, steps=50)
-    alone = pymerge.merge_tensor("doge_ta", nothing, [tau], subspace=100, steps=50)
+    both = pymerge.merge_tensor("doge_ta", nothing, [tau, nothing], steps=50)
+    alone = pymerge.merge_tensor("doge_ta", nothing, [tau], steps=50)
     assert distance(both, alone) < 1e-6
     copies = pymerge.merge_tensor("doge_ta", nothing, [tau] * 4, steps=50)
     assert np.isfinite(copies).all()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peak import stated_and_measured
+from peak import PANEL_BYTES, stated_and_measured
 from safetensors.numpy import load_file
 from singular import NAME, difference, iso_c, low_rank, noise, task_vectors, write_adapters
 
@@ -87,6 +87,14 @@ def test_same_bytes_whatever_the_threads(shape: tuple[int, int]) -> None:
 def test_peak(shape: tuple[int, int], num: int) -> None:
     stated, measured = stated_and_measured("iso_c", shape, num)
     assert measured <= stated
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_peak_of_a_large_matrix(threads: int) -> None:
+    """The panels of a thread are small beside it, and each pole has its inverse."""
+    stated, measured = stated_and_measured("iso_c", (1600, 800), 1, threads=threads)
+    panels = threads * PANEL_BYTES * 1600
+    assert measured <= stated - panels
 
 
 def test_adapters_stay_factored(tmp_path: Path) -> None:

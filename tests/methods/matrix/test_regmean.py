@@ -142,13 +142,22 @@ def test_not_finite_is_not_finite() -> None:
     assert np.isnan(found).all()
 
 
-@pytest.mark.parametrize("shape", [(500, 300), (300, 500)])
+@pytest.mark.parametrize("shape", [(500, 300), (300, 500), (16, 2048)])
 def test_memory_is_what_the_plan_states(shape: tuple[int, int]) -> None:
     weights, _, grams = problem(*shape, 3, 50)
     with peak.watched() as tally:
         pymerge.merge_tensor("regmean", None, weights, statistics=grams, threads=1)
     stated = module._cost(*shape, 3).num_bytes
     assert 0.5 * stated < tally.peak <= stated + peak.PANEL_BYTES * max(shape)
+
+
+def test_memory_where_float32_does_not_factorise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST_DOUBLE", 8)
+    weights, _, grams = problem(16, 2048, 2, 50)
+    alone = {"alpha": 1.0, "ridge": 1e-9}
+    with peak.watched() as tally:
+        pymerge.merge_tensor("regmean", None, weights, statistics=grams, threads=1, **alone)
+    assert tally.peak <= module._cost(16, 2048, 2).num_bytes + peak.PANEL_BYTES * 2048
 
 
 def write_model(folder: Path, weight: np.ndarray, norm: np.ndarray, gram: Any) -> Path:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import pymerge
 from pymerge import api
 from pymerge.errors import RecipeError
+from pymerge.runtime.smile_folder import open_smile
 
 _spec = importlib.util.spec_from_file_location("peak", Path(__file__).with_name("peak.py"))
 assert _spec is not None
@@ -219,6 +220,8 @@ def test_which_tensors(tmp_path: Path) -> None:
         "model.layers.0.experts.weight": (2, 5, 8),
         "model.layers.0.in_proj_weight": (6, 8),
         "lm_head.weight": (30, 8),
+        "projection": (6, 8),
+        "weight": (6, 8),
     }
 
     def draw() -> dict[str, np.ndarray]:
@@ -244,6 +247,7 @@ def test_which_tensors(tmp_path: Path) -> None:
         else:
             mean = (tensors[1][name] + tensors[2][name]) / 2
             np.testing.assert_allclose(found, mean, rtol=1e-5, atol=1e-6)
+    assert len(open_smile(tmp_path / "out").modules) == 2
     described = json.loads((tmp_path / "out" / "smile.json").read_text())
     assert list(described["modules"]) == [f"{module}.router", f"{module}.up_proj"]
     assert described["modules"][f"{module}.up_proj"] == {

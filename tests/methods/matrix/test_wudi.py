@@ -168,7 +168,7 @@ def test_spectral_is_the_stopped_flow(shape: tuple[int, int], num: int) -> None:
     for time in (0.5, 300.0):
         expected = filtered(taus, lambda v, t=time: -(-t * v).expm1() / v)
         assert apart(merge(taus, solver="spectral", time=time), expected) <= 1e-5
-    for keep in (0.3, 0.65):
+    for keep in (0.0, 0.3, 0.65):
         most = int(np.ceil(keep * shape[1]))
         expected = filtered(taus, lambda v: -(-300 * v).expm1() / v, most)
         assert apart(merge(taus, solver="spectral", keep=keep), expected) <= 1e-5

@@ -22,6 +22,8 @@ def settings() -> Iterator[None]:
     yield
     torch.set_num_threads(before[0])
     torch.set_float32_matmul_precision(before[1])
+    # Contexts of one thread that end in the order in which they began leave its gradients off.
+    torch.set_grad_enabled(True)
 
 
 def in_new_thread(function: Callable[[], Any]) -> Any:
