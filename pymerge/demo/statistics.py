@@ -6,6 +6,7 @@ it, as a user would.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,6 @@ from typing import Literal
 import torch
 
 import pymerge
-from pymerge.checkpoint import find_statistics
 from pymerge.demo import checkpoint
 from pymerge.demo.data import Task
 from pymerge.demo.model import one_thread
@@ -32,7 +32,9 @@ def collect(kind: Kind, tasks: Sequence[Task], models: Mapping[str, Path]) -> No
     """Save the statistics of every expert beside it, where they are not there."""
     for task in tasks:
         folder = models[task.name]
-        if find_statistics(folder, kind) is None:
+        # The index is written last: data without it is that of a run that was stopped.
+        index = folder / "pymerge-statistics" / "statistics.json"
+        if not index.exists() or kind not in json.loads(index.read_text()):
             _collect(kind, task, folder)
 
 

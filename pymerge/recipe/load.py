@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,10 @@ from pymerge.recipe.schema import ModelDocument, RecipeDocument, SliceDocument, 
 from pymerge.recipe.values import Setting, compile_setting
 from pymerge.recipe.yaml_tree import MAX_DEPTH, MAX_INT, Node, parse_yaml
 from pymerge.recipe.yaml_tree import Path as DocumentPath
+
+#: A parameter of another method that resembles one of this method's as much is taken for a
+#: misspelling: ``lamda`` for ``lambda``.
+SAME_WORD = 0.9
 
 
 def load_recipe(
@@ -298,7 +303,8 @@ class _Builder:
         if name in WITHOUT_EFFECT:
             return
         known = {*MERGEKIT_PARAMETERS, *(p for s in self._specs.values() for p in s.parameters)}
-        if name in known:
+        misspelt = difflib.get_close_matches(name, self._spec.parameters, n=1, cutoff=SAME_WORD)
+        if name in known and not misspelt:
             self._findings.warn(
                 path,
                 f"{name} has no effect in {self._spec.name}, whose parameters are "

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pymerge
 from pymerge.errors import RecipeError
 from pymerge.formats import BF16, F32
 from pymerge.recipe import ModelRef
@@ -385,3 +386,15 @@ def test_numbers_of_models(load):
 def test_a_method_that_only_mergekit_has_is_called_so(load):
     with pytest.raises(RecipeError, match="'dare_ties' is a method of mergekit that this version"):
         load({"merge_method": "dare_ties", "models": [{"model": "a"}]})
+
+
+def test_a_misspelling_that_another_method_has_for_a_name():
+    """``lamda`` is a parameter of doge_ta."""
+    recipe = {
+        "merge_method": "iso_c",
+        "base_model": "base",
+        "models": [{"model": "tuned"}],
+        "parameters": {"lamda": 0.5},
+    }
+    with pytest.raises(RecipeError, match="'lamda'; did you mean 'lambda'"):
+        pymerge.load_recipe(recipe)

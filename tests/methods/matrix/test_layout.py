@@ -17,7 +17,7 @@ import pymerge
 from pymerge import api
 from pymerge.errors import RecipeError
 from pymerge.formats import F32
-from pymerge.methods.layout import LAYOUT, Block, blocks_of
+from pymerge.methods.layout import LAYOUT, Block, blocks_of, unmatched
 from pymerge.methods.protocol import Tensor, Tile
 from pymerge.ops.opset import choose_ops
 from pymerge.ops.view import View
@@ -349,3 +349,19 @@ def test_gpt2_by_hand(tmp_path: Path) -> None:
         expected = base + 0.7 * sum(model - base for model in models) / 2
         assert np.abs(found[f"transformer.{name}"] - expected).max() < 1e-7, name
     assert found["transformer.h.0.none"].shape == (0, 24)
+
+
+def test_what_matches_nothing():
+    """Patterns are looked for in the tensors that have them; the default need not match."""
+    names = ("a.mlp.weight", "a.attn.weight")
+
+    def said(**given: str) -> list[str]:
+        return unmatched([tensor(name, (6, 4), **given) for name in names])
+
+    assert not said()
+    assert not said(layers="mlp", exclude="attn", split="mlp=2", transpose="a")
+    assert "for 'mpl' in its name" in said(exclude="mpl")[0]
+    assert "split: no tensor has a match for 'qkv'" in said(split="mlp=2, qkv=3")[0]
+    assert [text.split()[0] for text in said(layers="(mpl|atn)")] == ["layers:", "none"]
+    assert "none of 2 tensors" in said(exclude=".")[0]
+    assert not unmatched([])
