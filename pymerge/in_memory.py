@@ -399,6 +399,11 @@ def _statistics(
 ) -> tuple[list[Any], list[View]]:
     """What was collected, as the lower triangles of Grams or as the views of diagonals."""
     spec = method.spec
+    if not given and method.reads is not None:
+        what = "Gram matrix of the inputs" if method.reads == "gram" else "Fisher diagonal"
+        raise PymergeError(
+            f"merge_tensor: {spec.name} needs statistics=[...], each model's {what}; found none"
+        )
     if not given:
         return [], []
     if method.reads is None or len(given) != len(names):

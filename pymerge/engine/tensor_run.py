@@ -23,6 +23,7 @@ from pymerge.engine.context import Context
 from pymerge.engine.gather import gather
 from pymerge.engine.loader import TileLoader
 from pymerge.engine.rows import Written, by_output, record_of, rows_of
+from pymerge.errors import PymergeError
 from pymerge.methods.protocol import (
     Applied,
     Apply,
@@ -113,10 +114,19 @@ class TensorRun:
                 self.context.events.stage("solve", self.job.name, 0),
                 self.tensor.room.active(),
             ):
-                return question.run()
+                return self._solve(question)
         if isinstance(question, Factors):
             return self.context.updates.factors(self.job)
         return self._statistic(self.job.statistics[question.model])
+
+    def _solve(self, question: Solve) -> Any:
+        """Do the work; an objection names the tensor."""
+        try:
+            return question.run()
+        except PymergeError as error:
+            if self.job.name in str(error):
+                raise
+            raise type(error)(f"tensor {self.job.name!r}: {error}") from error
 
     def measure(self, question: Measure) -> Any:
         """Answer one look of the method."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pymerge.errors import RecipeError
-from pymerge.methods.parameters import by_name, nonzero_sum, normalize, preset
+from pymerge.methods.parameters import by_name, normalize, preset
 from pymerge.methods.protocol import Apply, Tensor, Tile
 from pymerge.methods.registry import method
 from pymerge.methods.regmean import mean_of
@@ -101,7 +101,11 @@ def _coefficients(tensor: Tensor) -> list[float]:
     :raises RecipeError: all are zero, or a diagonal that is to be divided by its norm is.
     """
     found = tensor.each("weight")
-    nonzero_sum(found, tensor.name, "fisher")
+    if sum(found) == 0:
+        raise RecipeError(
+            f"fisher: the weights of tensor {tensor.name!r} sum to zero ({found}), so their mean "
+            "does not exist; give weights that do not"
+        )
     if not tensor.parameters["normalize"]:
         return found
     names = tensor.model_names

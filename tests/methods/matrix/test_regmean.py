@@ -216,3 +216,18 @@ def test_models_without_statistics_are_named(tmp_path: Path) -> None:
     }
     with pytest.raises(PlanError, match=r"found none beside .*second; collect them with"):
         api.plan(recipe, memory="600MiB")
+
+
+def test_no_statistics_in_memory_is_an_error() -> None:
+    weights, _, _ = problem(6, 8, 2, 20)
+    with pytest.raises(PymergeError, match=r"needs statistics=.*Gram matrix of the inputs; found"):
+        pymerge.merge_tensor("regmean", None, weights)
+
+
+def test_a_matrix_that_is_no_gram_is_named(tmp_path: Path) -> None:
+    weights, _, _ = problem(6, 8, 2, 20)
+    norm = np.ones(8, np.float32)
+    models = [write_model(tmp_path / str(k), weights[k], norm, -np.eye(8)) for k in range(2)]
+    recipe = {"merge_method": "regmean", "models": [{"model": str(path)} for path in models]}
+    with pytest.raises(PymergeError, match=r"tensor 'layers\.0\.\w+\.weight': solve_spd: expected"):
+        api.merge(recipe, tmp_path / "out", memory="600MiB")
