@@ -44,7 +44,7 @@ from pymerge.methods.key_counts import COUNT_OPS, KeyCounts, rank_of, value_of
 from pymerge.methods.layout import LAYOUT, blocks_of
 from pymerge.methods.matrices import (
     FLOAT,
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     matrix_cost,
@@ -227,7 +227,7 @@ def _count(counts: KeyCounts, tensor: Tensor) -> Counting:
 
 @method(
     SPEC,
-    ops=(*MATRIX_OPS, *COUNT_OPS),
+    ops=(*TILE_OPS, *COUNT_OPS),
     looks=lambda tensor: reads_of(
         tensor, totals=0 if _is_model_wide(tensor) else 2, deltas=tensor.num_models
     ),

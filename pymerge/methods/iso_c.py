@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pymerge.methods.layout import LAYOUT
 from pymerge.methods.matrices import (
     FLOAT,
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     matrix_cost,
@@ -74,7 +74,7 @@ def _cost(rows: int, columns: int, num_models: int) -> Cost:
 
 @method(
     SPEC,
-    ops=MATRIX_OPS,
+    ops=TILE_OPS,
     looks=lambda tensor: reads_of(tensor, totals=1),
     cost=lambda tensor: matrix_cost(tensor, _cost),
 )

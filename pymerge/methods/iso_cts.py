@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pymerge.methods.layout import LAYOUT
 from pymerge.methods.matrices import (
     FLOAT,
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     matrix_cost,
@@ -126,7 +126,7 @@ def _cost(rows: int, columns: int, num_models: int, fraction: float) -> Cost:
 
 @method(
     SPEC,
-    ops=MATRIX_OPS,
+    ops=TILE_OPS,
     looks=lambda tensor: reads_of(tensor, totals=1, deltas=tensor.num_models),
     cost=lambda tensor: matrix_cost(
         tensor,

@@ -45,7 +45,7 @@ from pymerge.methods.key_counts import COUNT_OPS, KeyCounts, rank_of
 from pymerge.methods.layout import LAYOUT, blocks_of
 from pymerge.methods.matrices import (
     FLOAT,
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     look_at_matrices,
@@ -311,7 +311,7 @@ def _count(counts: KeyCounts, aligned: Aligned, matrix: Matrix) -> None:
 
 @method(
     SPEC,
-    ops=(*MATRIX_OPS, *COUNT_OPS, "disjoint_merge"),
+    ops=(*TILE_OPS, *COUNT_OPS, "disjoint_merge"),
     looks=lambda tensor: (
         reads_of(tensor, totals=1)
         if _how(tensor) == "task_arithmetic"

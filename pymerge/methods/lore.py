@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.methods.layout import LAYOUT, blocks_of
 from pymerge.methods.matrices import (
     FLOAT,
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     matrix_cost,
@@ -183,7 +183,7 @@ def _looks(tensor: Tensor) -> float:
 
 @method(
     SPEC,
-    ops=(*MATRIX_OPS, *TRIM_OPS, "disjoint_merge"),
+    ops=(*TILE_OPS, *TRIM_OPS, "disjoint_merge"),
     looks=_looks,
     cost=_cost,
     warnings=_warnings,

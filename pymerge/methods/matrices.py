@@ -40,7 +40,7 @@ Asking = Generator[Question, Any, Any]
 MatrixSolve = Callable[["Matrix"], Asking]
 
 #: Ops that every method of matrices may need.
-MATRIX_OPS = ("axpy_n", "convert")
+TILE_OPS = ("axpy_n", "convert")
 FLOAT = F32.num_bytes
 
 

@@ -40,7 +40,7 @@ from pymerge.methods.gram import exact_sum, gram_of_tensor, task_vectors
 from pymerge.methods.layout import LAYOUT, blocks_of
 from pymerge.methods.matrices import (
     FLOAT,
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     matrix_cost,
@@ -135,7 +135,7 @@ def factor(squares: Iterable[Squares]) -> float:
 
 @method(
     SPEC,
-    ops=(*MATRIX_OPS, "gram_n"),
+    ops=(*TILE_OPS, "gram_n"),
     model_wide=lambda tensor: True,
     measure_model=measure_model,
     model_looks=1,

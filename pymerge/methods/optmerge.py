@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.methods.layout import LAYOUT
 from pymerge.methods.matrices import (
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     matrix_cost,
@@ -141,7 +141,7 @@ def _looks(tensor: Tensor) -> float:
     return reads_of(tensor, totals=1, deltas=tensor.num_models)
 
 
-@method(SPEC, ops=MATRIX_OPS, looks=_looks, cost=_cost)
+@method(SPEC, ops=TILE_OPS, looks=_looks, cost=_cost)
 def optmerge(tensor: Tensor) -> Apply | Solving:
     """Add up C and R from the largest directions of each model; descend from the sum or mean."""
     parameters = tensor.parameters

@@ -23,7 +23,7 @@ from pymerge.errors import PymergeError
 from pymerge.methods.layout import LAYOUT
 from pymerge.methods.matrices import (
     FLOAT,
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     matrix_cost,
@@ -109,7 +109,7 @@ def _cost_of(tensor: Tensor) -> Cost:
 
 @method(
     SPEC,
-    ops=MATRIX_OPS,
+    ops=TILE_OPS,
     looks=lambda t: reads_of(t, totals=1, deltas=t.num_models) if t.statistics else 0.0,
     cost=_cost_of,
     reads="gram",

@@ -44,7 +44,7 @@ from pymerge.errors import RecipeError
 from pymerge.methods.layout import EXCLUDE, LAYERS, TRANSPOSE, blocks_of
 from pymerge.methods.matrices import (
     FLOAT,
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     look_at_matrices,
@@ -260,7 +260,7 @@ def check(tensors: Sequence[Tensor]) -> None:
 
 @method(
     SPEC,
-    ops=MATRIX_OPS,
+    ops=TILE_OPS,
     looks=_looks,
     cost=_cost,
     extras=(

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.methods.layout import LAYOUT
 from pymerge.methods.matrices import (
-    MATRIX_OPS,
+    TILE_OPS,
     Asking,
     Matrix,
     matrix_cost,
@@ -161,7 +161,7 @@ def _cost(tensor: Tensor) -> Cost:
 
 @method(
     SPEC,
-    ops=MATRIX_OPS,
+    ops=TILE_OPS,
     looks=lambda tensor: reads_of(tensor, totals=1, deltas=tensor.num_models),
     cost=_cost,
 )

@@ -20,6 +20,8 @@ from pymerge.formats import Format, promote
 from pymerge.methods import get_method
 from pymerge.methods.layout import unmatched
 from pymerge.methods.protocol import Method
+from pymerge.methods.smile_outputs import SMILE_NAME
+from pymerge.methods.task_outputs import TASKS_NAME
 from pymerge.ops.opset import OpSet, choose_ops
 from pymerge.plan.collected import collected, with_statistics
 from pymerge.plan.layers import find_stack, is_transposed
@@ -87,6 +89,7 @@ def make_plan(
     model_wide = any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs)
     warnings += _rehearse(method, jobs, ops, model_wide, strict)
     warnings += _file_warnings(checkpoints[recipe.donor])
+    warnings += _beside_warnings(checkpoints.values())
     _check_tokenizer(recipe, checkpoints)
     return Plan(
         recipe_text=recipe.text,
@@ -329,6 +332,17 @@ def _filter_warnings(
     if misspelt:
         raise PlanError("; ".join(misspelt))
     return sentences
+
+
+def _beside_warnings(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """Models that are more than the tensors that are merged of them."""
+    return [
+        f"{opened.reference} is a base with models beside it, as {name} says; it takes part as the "
+        "base alone"
+        for opened in checkpoints
+        for name in (TASKS_NAME, SMILE_NAME)
+        if opened.folder is not None and (opened.folder / name).is_file()
+    ]
 
 
 def _file_warnings(donor: Checkpoint) -> list[str]:

@@ -20,7 +20,7 @@ from pymerge.errors import InterruptedMerge, PlanError
 from pymerge.methods import registry
 from pymerge.methods.layout import LAYOUT
 from pymerge.methods.matrices import (
-    MATRIX_OPS,
+    TILE_OPS,
     Matrix,
     matrix_cost,
     merge_matrices,
@@ -76,7 +76,7 @@ def kept_total(monkeypatch: pytest.MonkeyPatch) -> str:
 
     @registry.method(
         SPEC,
-        ops=MATRIX_OPS,
+        ops=TILE_OPS,
         model_wide=lambda tensor: True,
         measure_model=_measure,
         model_looks=1,

@@ -372,6 +372,10 @@ def test_other_loaders_name_the_right_one(models: Models, tmp_path: Path) -> Non
         pymerge.load_smile(tasks)
     with pytest.raises(CheckpointError, match="one model, which loads as it is"):
         pymerge.load_smile(models.base)
+    for folder, name in ((out, "smile.json"), (tasks, "tasks.json")):
+        again = {"merge_method": "linear", "models": [{"model": str(folder)}]}
+        plan = api.plan({**again, "parameters": {"weight": 1.0}})
+        assert any("takes part as the base alone" in w and name in w for w in plan.warnings)
 
 
 def test_models_that_do_not_fit(models: Models, tmp_path: Path) -> None:
