@@ -160,6 +160,11 @@ def cases() -> list[Any]:
     return found
 
 
+#: Accumulators that do not fit would be kilobytes; of one tile Triton 3.9 leaves two registers on
+#: the stack, 3.6 none.
+MOST_STACK_BYTES = 16
+
+
 @pytest.mark.parametrize(("capability", "least", "side", "x", "base"), cases())
 def test_tiles_compile_to_float32_products_and_vector_loads(
     capability: int,
@@ -174,7 +179,7 @@ def test_tiles_compile_to_float32_products_and_vector_loads(
     code, mirror = tiles_and_mirror(capability, monkeypatch, size, side, x, base)
     what = f"{code.registers} registers, {code.shared_bytes} bytes shared"
     for each in (code, mirror):
-        assert each.stack_bytes == 0, f"{what}, {each.stack_bytes} bytes of stack"
+        assert each.stack_bytes <= MOST_STACK_BYTES, f"{what}, {each.stack_bytes} bytes of stack"
         assert each.shared_bytes <= MOST_SHARED_BYTES, what
     # Each product of a tile once, in float32: no tensor core, no tf32, none outside the tile.
     products = tile.side**2 * tile.depth // (32 * tile.num_warps)

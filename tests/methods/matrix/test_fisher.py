@@ -123,8 +123,8 @@ def test_equal_diagonals_give_the_mean_and_one_model_itself() -> None:
     check_close(found, np.mean(np.array(weights, float), axis=0), weights)
     alone = pymerge.merge_tensor("fisher", None, weights[:1], statistics=diagonals[:1])
     assert (alone == weights[0]).all()
-    without = pymerge.merge_tensor("fisher", None, weights)
-    assert (without == pymerge.merge_tensor("linear", None, weights, weight=1.0)).all()
+    with pytest.raises(PymergeError, match=r"needs statistics=.*Fisher diagonal; found none"):
+        pymerge.merge_tensor("fisher", None, weights)
 
 
 def test_formats_may_be_mixed() -> None:
