@@ -124,12 +124,12 @@ def merge_tensor(
     sentences: list[str] = []
 
     def look(run: Callable[[Tile], Any], models: Sequence[int] | None, tile: Tile) -> Any:
-        tile = _of_models(tile, models)
+        tile = tile.of_models(models)
         with executor.here(tile.views, device=device) as (views, _):
             return run(tile.at(views))
 
     def write(apply: Apply, tile: Tile) -> Any:
-        tile = _of_models(tile, apply.models)
+        tile = tile.of_models(apply.models)
         groups = [] if beside is None else beside.views(tile)
         outputs = [out.part(tile.start, tile.num), *chain.from_iterable(groups)]
         with executor.here(tile.views, outputs, device) as (views, results):
@@ -290,12 +290,6 @@ class _Kept(dict[str, Any]):
 
     def get(self, name: str) -> Any:  # type: ignore[override]
         return self[name]
-
-
-def _of_models(tile: Tile, models: Sequence[int] | None) -> Tile:
-    if models is None:
-        return tile
-    return tile._replace(models=tuple(tile.models[index] for index in models), diagonals=())
 
 
 def _check_inputs(spec: MethodSpec, base: Any | None, tensors: Sequence[Any]) -> None:

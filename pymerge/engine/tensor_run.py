@@ -173,7 +173,7 @@ class TensorRun:
         self, index: int, run: Callable[[Tile], Any], models: tuple[int, ...] | None
     ) -> Any:
         tile = self._resident_tile(index)
-        return self._look(index, _of_models(tile, models), run, self.job.inputs(models))
+        return self._look(index, tile.of_models(models), run, self.job.inputs(models))
 
     def _look_streamed(
         self, index: int, run: Callable[[Tile], Any], inputs: Inputs, blocks: list[int]
@@ -217,7 +217,7 @@ class TensorRun:
         )
 
     def _apply_resident(self, index: int, apply: Apply) -> Written:
-        tile = _of_models(self._resident_tile(index), apply.models)
+        tile = self._resident_tile(index).of_models(apply.models)
         blocks = self._outputs.get()
         try:
             return self._apply(index, tile, apply, blocks, self.job.inputs(apply.models))
@@ -312,10 +312,3 @@ class TensorRun:
             self.context.output.write(part, 0, data.ctypes.data, data.nbytes)
         crc: int = _C.crc32c(data.ctypes.data, data.nbytes)
         return crc
-
-
-def _of_models(tile: Tile, models: tuple[int, ...] | None) -> Tile:
-    """The tile with some of its models alone."""
-    if models is None:
-        return tile
-    return tile._replace(models=tuple(tile.models[index] for index in models), diagonals=())

@@ -58,6 +58,13 @@ class Tile(NamedTuple):
         num = len(self.models)
         return self._replace(base=base, models=tuple(rest[:num]), diagonals=tuple(rest[num:]))
 
+    def of_models(self, models: Sequence[int] | None) -> Tile:
+        """The same tile with the models of these indices alone, and without diagonals; as it is
+        where ``models`` is None."""
+        if models is None:
+            return self
+        return self._replace(models=tuple(self.models[index] for index in models), diagonals=())
+
     def part(self, first: int, num: int) -> Tile:
         """``num`` of the tile's elements from its element ``first`` on."""
         return Tile(

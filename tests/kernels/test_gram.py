@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def cases() -> list[Any]:
 
 #: Accumulators that do not fit would be kilobytes; of one tile Triton 3.9 leaves two registers on
 #: the stack, 3.6 none.
-MOST_STACK_BYTES = 16
+MOST_STACK_BYTES = 0 if version("triton").startswith("3.6.") else 8
 
 
 @pytest.mark.parametrize(("capability", "least", "side", "x", "base"), cases())
