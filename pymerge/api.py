@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pymerge.checkpoint import VerifyReport
     from pymerge.engine.events import Snapshot
     from pymerge.engine.run import MergeReport, NonFinite
+    from pymerge.methods.numerics import Numerics
     from pymerge.plan import Plan
     from pymerge.recipe import Recipe
 
@@ -50,6 +51,7 @@ def plan(
     strict: bool = False,
     allow_pickle: bool = False,
     allow_missing: bool = False,
+    numerics: Numerics = "accurate",
 ) -> Plan:
     """Decide everything a merge will do; only headers are read.
 
@@ -64,6 +66,8 @@ def plan(
     :param allow_pickle: accept PyTorch's pickled ``.bin`` files, through
         ``torch.load(weights_only=True)``.
     :param allow_missing: merge a tensor without the models that lack it instead of failing.
+    :param numerics: ``"accurate"`` computes in float32 and rounds once; ``"mergekit"`` rounds every
+        intermediate in the recipe's dtype as mergekit does, for results equal to its own.
     :raises RecipeError: the recipe is wrong.
     :raises CheckpointError: an input is not a valid checkpoint.
     :raises PlanError: recipe and inputs do not fit together, or not into the memory.
@@ -87,6 +91,7 @@ def plan(
         allow_pickle=allow_pickle,
         allow_missing=allow_missing,
         strict=strict,
+        numerics=numerics,
     )
 
 
@@ -101,6 +106,7 @@ def merge(
     strict: bool = False,
     allow_pickle: bool = False,
     allow_missing: bool = False,
+    numerics: Numerics = "accurate",
     overwrite: bool = False,
     non_finite: NonFinite = "warn",
     sync: bool = True,
@@ -117,7 +123,7 @@ def merge(
     without the kill.
 
     :param recipe: what :func:`plan` takes, or a plan; with a plan the parameters up to
-        ``allow_missing`` are part of it already.
+        ``numerics`` are part of it already.
     :param out: output folder; created if it does not exist.
     :param overwrite: replace a model that ``out`` holds; without it that is an error.
     :param non_finite: ``"warn"`` reports NaN and infinite elements, ``"fail"`` leaves the merge
@@ -157,6 +163,7 @@ def merge(
             strict=strict,
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
+            numerics=numerics,
         )
     )
     folder = Path(out)

@@ -2,6 +2,7 @@
 
 from pymerge.checkpoint.adapter import AdapterTensor, LowRank, nominal_format, update_of
 from pymerge.checkpoint.config import config_json, layer_count, output_config
+from pymerge.checkpoint.derived import DerivedTensor, stored_entries
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
 from pymerge.checkpoint.index import INDEX_NAME
 from pymerge.checkpoint.layout import (
@@ -37,6 +38,7 @@ __all__ = [
     "TASKS_STEM",
     "AdapterTensor",
     "Checkpoint",
+    "DerivedTensor",
     "FileRecord",
     "Header",
     "LowRank",
@@ -60,6 +62,7 @@ __all__ = [
     "read_header",
     "read_manifest",
     "skipped_files",
+    "stored_entries",
     "tokenizer_files",
     "update_of",
     "verify_folder",

@@ -27,6 +27,7 @@ from pymerge.checkpoint.adapter_config import (
     read_adapter_config,
 )
 from pymerge.checkpoint.config import TEXT_KEYS
+from pymerge.checkpoint.derived import DerivedTensor
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
 from pymerge.checkpoint.strict_json import shown
 from pymerge.errors import CheckpointError
@@ -99,7 +100,7 @@ def update_of(entry: TensorEntry) -> LowRank | None:
 
 def nominal_format(entry: TensorEntry) -> Format:
     """The format that a tensor counts as where formats are compared."""
-    return entry.nominal if isinstance(entry, AdapterTensor) else entry.format
+    return entry.nominal if isinstance(entry, (AdapterTensor, DerivedTensor)) else entry.format
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +54,16 @@ class TensorEntry:
     @property
     def num_elements(self) -> int:
         return self.num_bytes * 8 // self.format.bits
+
+    @property
+    def key(self) -> Hashable:
+        """Two entries of one key are the same elements: they are read once."""
+        return self.file, self.offset
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that reading all of it once takes from storage."""
+        return self.num_bytes
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@ put on what was read."""
 
 from __future__ import annotations
 
-from pymerge.checkpoint import AdapterTensor, TensorEntry
+from collections.abc import Hashable
+
+from pymerge.checkpoint import AdapterTensor, DerivedTensor, TensorEntry
 from pymerge.engine.blocks import Stopped
 from pymerge.engine.context import Context
+from pymerge.engine.derived import make_tile
 from pymerge.engine.updates import float_view
 from pymerge.formats import BYTES, F32
 from pymerge.methods.protocol import Tile
@@ -20,7 +23,7 @@ class TileLoader:
         tiling = context.plan.tiling
         self.tile_elements = tiling.tile_elements(job)
         self.num_tiles = tiling.num_tiles(job)
-        self._context = context
+        self.context = context
         self._job = job
 
     def span(self, index: int) -> tuple[int, int]:
@@ -43,25 +46,29 @@ class TileLoader:
         """
         start, num = self.span(index)
         job = self._job
-        views = {}
-        with self._context.events.stage("read", job.name, self.tile_bytes(index, inputs)):
+        views: dict[Hashable, View] = {}
+        with self.context.events.stage("read", job.name, self.tile_bytes(index, inputs)):
+            scratch = blocks[len(inputs.sources) + len(inputs.updates) : inputs.num_arrays]
             for entry, block in zip(inputs.sources, blocks, strict=False):
+                if isinstance(entry, DerivedTensor):
+                    views[entry.key] = make_tile(self, job, entry, start, num, block, scratch)
+                    continue
                 bits, code = entry.format.bits, entry.format.code
                 num_bytes = -(-num * bits // 8)
                 address = self.read(entry, start * bits // 8, num_bytes, block)
-                views[entry.file, entry.offset] = (
+                views[entry.key] = (
                     View(address, BYTES, num_bytes) if code is None else View(address, code, num)
                 )
         updated = {}
         for entry, block in zip(inputs.updates, blocks[len(inputs.sources) :], strict=False):
             out = updated[entry] = float_view(block, F32, num)
-            weight = views[entry.file, entry.offset]
-            self._context.updates.put_on(job, entry, start, weight, out)
+            weight = views[entry.key]
+            self.context.updates.put_on(job, entry, start, weight, out)
 
         def view_of(entry: TensorEntry) -> View:
             if isinstance(entry, AdapterTensor) and entry in updated:
                 return updated[entry]
-            return views[entry.file, entry.offset]
+            return views[entry.key]
 
         base = None if inputs.base is None else view_of(inputs.base)
         models, diagonals = (
@@ -72,7 +79,7 @@ class TileLoader:
 
     def read(self, entry: TensorEntry, first: int, num_bytes: int, block: int) -> int:
         """Read bytes of a tensor into a block; returns the address where they begin."""
-        if self._context.stopping:
+        if self.context.stopping:
             raise Stopped
-        size = self._context.pool.block_bytes
-        return self._context.sources.read(entry, first, num_bytes, block, size)
+        size = self.context.pool.block_bytes
+        return self.context.sources.read(entry, first, num_bytes, block, size)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pymerge import _C
 from pymerge.cache import cache_folder
+from pymerge.checkpoint import stored_entries
 from pymerge.errors import StorageError
 from pymerge.plan import Plan
 
@@ -79,7 +80,7 @@ def floor_seconds(plan: Plan, rates: Rates) -> float:
     seconds = plan.bytes_written / rates.write
     wanted: dict[Path, int] = {}
     for job in plan.jobs:
-        for entry in job.sources:
+        for entry in (stored for source in job.sources for stored in stored_entries(source)):
             wanted[entry.file] = wanted.get(entry.file, 0) + entry.num_bytes
     for path, num_bytes in wanted.items():
         share = _cached_share(path)

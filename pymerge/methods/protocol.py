@@ -272,11 +272,11 @@ class Tensor:
     which stay theirs where a tensor is merged without a model that lacks it. ``state`` is what the
     method's model-wide measurement returned. ``transposed`` says that the tensor is stored as
     [inputs, outputs]. ``statistics`` are each model's numbers beside it (rows seen, the norm of the
-    whole), for a method that reads statistics. ``format`` is the output's. ``siblings`` are the
-    shapes of the tensors of the same module, this one among them, by the last parts of their names.
-    ``workspace`` and ``store`` are there while the
-    tensor is merged, not while a plan is made; then ``warn`` takes sentences for the user about
-    what was found in the tensor, which any thread may give.
+    whole), for a method that reads statistics. ``format`` is the output's,
+    ``working`` the one that mergekit would compute in. ``siblings`` are the shapes of the tensors
+    of the same module, this one among them, by the last parts of their names. ``workspace`` and
+    ``store`` are there while the tensor is merged, not while a plan is made; then ``warn`` takes
+    sentences for the user about what was found in the tensor, which any thread may give.
     """
 
     name: str
@@ -292,6 +292,7 @@ class Tensor:
     transposed: bool = False
     statistics: Sequence[float] = ()
     format: Format = F32
+    working: Format = F32
     siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     workspace: Workspace | None = None
     store: Store | None = None

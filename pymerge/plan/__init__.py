@@ -10,10 +10,21 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from pymerge.plan.assemble import SHARD_BYTES, Drafted, assemble
 from pymerge.plan.model import Inputs, Job, Part, Plan, Tiling
-from pymerge.plan.planner import SHARD_BYTES, make_plan
+from pymerge.plan.planner import make_plan
 
-__all__ = ["SHARD_BYTES", "Inputs", "Job", "Part", "Plan", "Tiling", "make_plan"]
+__all__ = [
+    "SHARD_BYTES",
+    "Drafted",
+    "Inputs",
+    "Job",
+    "Part",
+    "Plan",
+    "Tiling",
+    "assemble",
+    "make_plan",
+]
 
 
 class _CallablePackage(ModuleType):

@@ -9,8 +9,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from pymerge.checkpoint import AdapterTensor, Checkpoint, Header, ShardLayout, TensorEntry
+from pymerge.checkpoint import (
+    AdapterTensor,
+    Checkpoint,
+    DerivedTensor,
+    Header,
+    ShardLayout,
+    TensorEntry,
+    stored_entries,
+)
 from pymerge.formats import F32, Format
+from pymerge.methods.numerics import Numerics
 from pymerge.methods.protocol import NO_COST, SPAN, Cost, Description, Method, Store, Tensor
 from pymerge.methods.spec import ParameterValue
 from pymerge.ops import device
@@ -58,7 +67,7 @@ class Inputs(NamedTuple):
     def sources(self) -> tuple[TensorEntry, ...]:
         """Every tensor that is read, the base first, each once even if it is named twice."""
         entries = (*self._weights, *self.diagonals)
-        return tuple({(entry.file, entry.offset): entry for entry in entries}.values())
+        return tuple({entry.key: entry for entry in entries}.values())
 
     @property
     def updates(self) -> tuple[AdapterTensor, ...]:
@@ -68,8 +77,10 @@ class Inputs(NamedTuple):
 
     @property
     def num_arrays(self) -> int:
-        """Arrays of a tile: what is read, and what updates make of it."""
-        return len(self.sources) + len(self.updates)
+        """Arrays of a tile: what is read, what updates make of it, and what making a derived tensor
+        takes."""
+        derived = (each.scratch_blocks for each in self.sources if isinstance(each, DerivedTensor))
+        return len(self.sources) + len(self.updates) + max(derived, default=0)
 
     @property
     def _weights(self) -> tuple[TensorEntry, ...]:
@@ -86,7 +97,8 @@ class Job:
     ``cost`` is what its matrices take. ``transposed`` says that it is stored as [inputs, outputs].
     ``statistics`` are what was collected beside each model for it, or nothing, and
     ``statistic_numbers`` the number that goes with each. ``siblings`` are the shapes of its
-    module's tensors.
+    module's tensors. ``working`` is the format that the recipe computes in (``dtype``, else the
+    promotion of the inputs').
     """
 
     name: str
@@ -109,6 +121,7 @@ class Job:
     statistics: tuple[TensorEntry, ...] = ()
     statistic_numbers: tuple[float, ...] = ()
     siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    working: Format = F32
 
     def inputs(self, models: tuple[int, ...] | None = None) -> Inputs:
         """What a look reads: everything, or the base and the models of these indices alone."""
@@ -129,7 +142,7 @@ class Job:
     @property
     def num_inputs(self) -> int:
         """Arrays of a tile of everything."""
-        return len(self.sources) + len(self.updates)
+        return self.inputs().num_arrays
 
     @property
     def diagonals(self) -> tuple[TensorEntry, ...]:
@@ -155,7 +168,8 @@ class Job:
     @property
     def input_bytes(self) -> int:
         """Bytes of all arrays of the job's inputs."""
-        return self.source_bytes + len(self.updates) * self.num_elements * F32.num_bytes
+        arrays = sum(entry.num_bytes for entry in self.sources)
+        return arrays + len(self.updates) * self.num_elements * F32.num_bytes
 
     @property
     def num_elements(self) -> int:
@@ -163,7 +177,8 @@ class Job:
 
     @property
     def source_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self.sources)
+        """Bytes that one look reads."""
+        return sum(entry.read_bytes for entry in self.sources)
 
     @property
     def output_bytes(self) -> int:
@@ -182,7 +197,8 @@ class Job:
     def element_bytes(self) -> int:
         """Bytes of one element of the widest array that the job holds (bits of sub-byte formats
         are rounded up: such tensors are copied whole bytes at a time)."""
-        widest = max((self.format, *(entry.format for entry in self.sources)), key=_bits)
+        stored = (each.format for entry in self.sources for each in stored_entries(entry))
+        widest = max((self.format, *(entry.format for entry in self.sources), *stored), key=_bits)
         return max(1, widest.bits // 8, F32.num_bytes if self.updates else 1)
 
     def tensor(
@@ -207,6 +223,7 @@ class Job:
             transposed=self.transposed,
             statistics=self.statistic_numbers,
             format=self.format,
+            working=self.working,
             siblings=self.siblings,
             workspace=workspace,
             store=store,
@@ -280,7 +297,8 @@ class Tiling:
 
 def job_converts(job: Job) -> bool:
     """Whether a copy changes the bytes."""
-    return bool(job.updates) or job.sources[0].format != job.format
+    source = job.sources[0]
+    return bool(job.updates) or isinstance(source, DerivedTensor) or source.format != job.format
 
 
 @dataclass(frozen=True)
@@ -304,6 +322,7 @@ class Plan:
     tiling: Tiling
     ops: OpSet
     model_wide: bool
+    numerics: Numerics = "accurate"
     warnings: tuple[str, ...] = ()
     dropped: tuple[str, ...] = field(default=())
     num_task_shards: int = 0
@@ -395,6 +414,8 @@ class Plan:
             digest.update(b"\n")
 
         add("numerics", NUMERICS_VERSION, self.method.spec.name, self.recipe_text)
+        if self.numerics != "accurate":
+            add("numerics", self.numerics)
         files: dict[str, int] = {}
         named = [(name, h) for name, c in self.checkpoints.items() for h in c.headers]
         for name, header in (*named, *self.statistics.items()):
@@ -417,6 +438,9 @@ class Plan:
 
 def _identity(files: Mapping[str, int], entry: TensorEntry) -> tuple[Any, ...]:
     """Where a source lies and what is done to it."""
+    if isinstance(entry, DerivedTensor):
+        parts = [_identity(files, each) for each in entry.stored]
+        return (type(entry).__name__, list(entry.shape), parts, entry.fingerprint())
     place = (files[str(entry.file)], entry.offset)
     if not isinstance(entry, AdapterTensor) or entry.update is None:
         return place

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from pymerge.checkpoint import (
     Checkpoint,
     TensorEntry,
-    companion_files,
     nominal_format,
     open_checkpoint,
     output_config,
-    skipped_files,
     tokenizer_files,
     update_of,
 )
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.formats import Format, promote
-from pymerge.methods import get_method
-from pymerge.methods.layout import unmatched
+from pymerge.methods.numerics import Numerics, method_in
 from pymerge.methods.protocol import Method
-from pymerge.methods.smile_outputs import SMILE_NAME
-from pymerge.methods.task_outputs import TASKS_NAME
-from pymerge.ops.opset import OpSet, choose_ops
+from pymerge.plan.assemble import SHARD_BYTES, Drafted, assemble
 from pymerge.plan.collected import collected, with_statistics
 from pymerge.plan.layers import find_stack, is_transposed
-from pymerge.plan.memory import check_devices, cut_memory
 from pymerge.plan.model import Job, Plan
 from pymerge.plan.outline import Input, Line, Outline, make_outline
-from pymerge.plan.placement import place
 from pymerge.recipe import ModelRef, Recipe, expand, parameters_for, unmatched_filters
-
-#: As mergekit: 5 billion bytes a shard.
-SHARD_BYTES = 5_000_000_000
 
 
 def make_plan(
@@ -46,6 +37,7 @@ def make_plan(
     allow_pickle: bool = False,
     allow_missing: bool = False,
     strict: bool = False,
+    numerics: Numerics = "accurate",
 ) -> Plan:
     """Open the checkpoints' headers and decide everything.
 
@@ -64,11 +56,8 @@ def make_plan(
     outline = make_outline(recipe, slices, checkpoints, stacks)
     if not outline.lines:
         raise PlanError(f"{recipe.donor} has no tensors; there is nothing to merge")
-    method = get_method(recipe.method)
-    needed = (*method.ops, "convert", "count_nonfinite", *_update_ops(checkpoints.values()))
-    ops = choose_ops(dict.fromkeys(needed), asked=backend)
+    method = method_in(recipe.method, numerics)
     warnings = [*recipe.warnings, *_filter_warnings(recipe, checkpoints, outline, strict)]
-    warnings += [sentence for opened in checkpoints.values() for sentence in opened.warnings]
     statistics = collected(method, recipe, checkpoints)
     config = checkpoints[recipe.donor].config
     drafts = [
@@ -77,7 +66,6 @@ def make_plan(
         )
         for line in outline.lines
     ]
-    jobs, shards, num_task_shards = place(drafts, method, ops, shard_bytes)
     if outline.dropped:
         first = ", ".join(outline.dropped[:5])
         warnings.append(
@@ -85,28 +73,28 @@ def make_plan(
             f"{recipe.donor} and "
             f"are left out: {first}{', …' if len(outline.dropped) > 5 else ''}"
         )
-    check_devices(jobs, set(ops.backends.values()))
-    model_wide = any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs)
-    warnings += _rehearse(method, jobs, ops, model_wide, strict)
-    warnings += _file_warnings(checkpoints[recipe.donor])
-    warnings += _beside_warnings(checkpoints.values())
     _check_tokenizer(recipe, checkpoints)
-    return Plan(
+    drafted = Drafted(
         recipe_text=recipe.text,
         method=method,
+        numerics=numerics,
         checkpoints={str(ref): checkpoint for ref, checkpoint in checkpoints.items()},
         donor=checkpoints[recipe.donor],
         tokenizer_donor=checkpoints[recipe.tokenizer_donor],
-        jobs=jobs,
-        shards=shards,
-        config=_config(recipe.donor, checkpoints[recipe.donor], jobs, outline),
-        tiling=cut_memory(jobs, memory, threads, readers),
-        ops=ops,
-        model_wide=model_wide,
-        warnings=tuple(dict.fromkeys(warnings)),
+        jobs=drafts,
+        config=partial(_config, recipe.donor, checkpoints[recipe.donor], outline),
+        warnings=warnings,
         dropped=outline.dropped,
-        num_task_shards=num_task_shards,
         statistics={str(ref): found.header for ref, found in statistics.items()},
+    )
+    return assemble(
+        drafted,
+        memory=memory,
+        threads=threads,
+        readers=readers,
+        shard_bytes=shard_bytes,
+        backend=backend,
+        strict=strict,
     )
 
 
@@ -120,16 +108,6 @@ def _open(recipe: Recipe, ref: ModelRef, allow_pickle: bool) -> Checkpoint:
         raise CheckpointError(f"{place}: {error}") from error
 
 
-def _update_ops(checkpoints: Iterable[Checkpoint]) -> tuple[str, ...]:
-    """The ops that adapters need when their tensors are read."""
-    updates = [update_of(entry) for opened in checkpoints for entry in opened.tensors.values()]
-    if not any(updates):
-        return ()
-    if any(update is not None and update.magnitude is not None for update in updates):
-        return ("lora_add", "gram_n", "gram_columns")
-    return ("lora_add",)
-
-
 def _check_tokenizer(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
     chosen = recipe.tokenizer_source
     if chosen is not None and not tokenizer_files(checkpoints[chosen]):
@@ -138,27 +116,6 @@ def _check_tokenizer(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint])
             "them, or leave "
             "the key out to take those of the base"
         )
-
-
-def _rehearse(
-    method: Method, jobs: tuple[Job, ...], ops: OpSet, model_wide: bool, strict: bool
-) -> list[str]:
-    """Let the method decide what it can without data, so that its objections come before the run.
-
-    :returns: its warnings.
-    :raises RecipeError: the parameters of a tensor do not work together.
-    :raises PlanError: names that the parameters look for are not there, and ``strict``.
-    """
-    tensors = [job.tensor(ops) for job in jobs if job.kind == "merge"]
-    for tensor in tensors:
-        method.merge(tensor)  # a generator does not start before it is asked
-    method.check(tensors)
-    if model_wide and method.measure_model is not None:
-        next(method.measure_model(tensors), None)
-    sentences = unmatched(tensors)
-    if strict and sentences:
-        raise PlanError("; ".join(sentences))
-    return sentences + method.warnings(tensors)
 
 
 def _draft(
@@ -217,6 +174,7 @@ def _draft(
         num_bytes=0,
         model_numbers=tuple(_number(line, i) for i in models),
         transposed=is_transposed(config, line.name),
+        working=recipe.dtype or promote({nominal_format(entry) for entry in entries}),
     )
 
 
@@ -334,41 +292,8 @@ def _filter_warnings(
     return sentences
 
 
-def _beside_warnings(checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Models that are more than the tensors that are merged of them."""
-    return [
-        f"{opened.reference} is a base with models beside it, as {name} says; it takes part as the "
-        "base alone"
-        for opened in checkpoints
-        for name in (TASKS_NAME, SMILE_NAME)
-        if opened.folder is not None and (opened.folder / name).is_file()
-    ]
-
-
-def _file_warnings(donor: Checkpoint) -> list[str]:
-    """What the output takes from the donor unmerged, or leaves out."""
-    warnings = []
-    if donor.config is None:
-        warnings.append(
-            f"{donor.reference} has no config.json, so that the output has none and transformers "
-            "cannot load it; copy one into the output folder"
-        )
-    code = [path.name for path in skipped_files(donor)]
-    if code:
-        warnings.append(
-            f"{donor.reference} holds Python files that no configuration names; they are "
-            "not copied: "
-            f"{', '.join(code[:5])}{', …' if len(code) > 5 else ''}"
-        )
-    weights = [path for path in companion_files(donor) if path.suffix == ".safetensors"]
-    if weights:
-        names = ", ".join(f"{path.parent.name}/{path.name}" for path in weights)
-        warnings.append(f"weights of further modules are copied from {donor.reference}: {names}")
-    return warnings
-
-
 def _config(
-    donor: ModelRef, checkpoint: Checkpoint, jobs: tuple[Job, ...], outline: Outline
+    donor: ModelRef, checkpoint: Checkpoint, outline: Outline, jobs: Sequence[Job]
 ) -> dict[str, object] | None:
     if checkpoint.config is None:
         return None

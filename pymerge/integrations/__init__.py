@@ -1,0 +1,1 @@
+"""pymerge as the backend of other programs: one file for each, which imports its host in use."""
