@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PEERS := .venv-peers
 FUSIONBENCH := .venv-fusionbench
 FUSIONBENCH_VERSION := 0.2.33
+MERGEKIT_VERSION := 0.1.5
+MERGEKIT_TESTS := .peers/mergekit-$(MERGEKIT_VERSION)
 DEMO_DIR ?= demo
 ASAN := build/asan
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 'CMakeLists.txt') \
@@ -82,12 +84,25 @@ docs: dev
 bench: dev
 	$(BIN)/python bench/run.py $(OP)
 
-bench-peers: $(PEERS)/.installed $(FUSIONBENCH)/.installed-$(FUSIONBENCH_VERSION)
+bench-peers: $(PEERS)/.pymerge $(MERGEKIT_TESTS)/.unpacked $(FUSIONBENCH)/.pymerge
 
 $(PEERS)/.installed: bench/requirements-peers.txt constraints.txt
 	@$(PEERS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS)
 	$(PEERS)/bin/python -m pip --disable-pip-version-check --no-input install -q \
 	    -r bench/requirements-peers.txt -c constraints.txt
+	@touch $@
+
+# pymerge beside mergekit, for `pymerge run` and the parity tests.
+$(PEERS)/.pymerge: $(VENV)/.built $(PEERS)/.installed bench/install_in_peers.py
+	$(BIN)/python bench/install_in_peers.py $(PEERS)
+	@touch $@
+
+# mergekit's own tests are in its source distribution alone.
+$(MERGEKIT_TESTS)/.unpacked: $(PEERS)/.installed
+	@mkdir -p .peers
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --no-input download -q --no-deps \
+	    --no-build-isolation --no-binary :all: -d .peers mergekit==$(MERGEKIT_VERSION)
+	tar -xzf .peers/mergekit-$(MERGEKIT_VERSION).tar.gz -C .peers mergekit-$(MERGEKIT_VERSION)/tests
 	@touch $@
 
 # FusionBench asks for far more than the functions that we compare with import.
@@ -97,6 +112,11 @@ $(FUSIONBENCH)/.installed-$(FUSIONBENCH_VERSION): bench/requirements-fusionbench
 	    -r bench/requirements-fusionbench.txt -c constraints.txt
 	$(FUSIONBENCH)/bin/python -m pip --disable-pip-version-check --no-input install -q \
 	    --no-deps fusion-bench==$(FUSIONBENCH_VERSION)
+	@touch $@
+
+# pymerge beside FusionBench, whose configurations name its classes.
+$(FUSIONBENCH)/.pymerge: $(VENV)/.built $(FUSIONBENCH)/.installed-$(FUSIONBENCH_VERSION) bench/install_in_peers.py
+	$(BIN)/python bench/install_in_peers.py $(FUSIONBENCH)
 	@touch $@
 
 # A second build with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own:
@@ -120,4 +140,4 @@ clean:
 	rm -rf build demo *.egg-info pymerge/_C*.so pymerge/_cuda*.so $(VENV)/.built
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS) $(FUSIONBENCH)
+	rm -rf $(VENV) $(PEERS) $(FUSIONBENCH) .peers

@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymerge.errors import PymergeError
+from pymerge.errors import PymergeError, RecipeError
 from pymerge.machine import available_memory, compute_threads
 from pymerge.methods import specs
 from pymerge.sizes import parse_size
 
 if TYPE_CHECKING:
-    from pymerge.checkpoint import VerifyReport
+    from pymerge.checkpoint import Checkpoint, Pushed, VerifyReport
     from pymerge.engine.events import Snapshot
     from pymerge.engine.run import MergeReport, NonFinite
     from pymerge.methods.numerics import Numerics
     from pymerge.plan import Plan
+    from pymerge.plan.explain import Explanation
     from pymerge.recipe import Recipe
 
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
@@ -52,6 +53,9 @@ def plan(
     allow_pickle: bool = False,
     allow_missing: bool = False,
     numerics: Numerics = "accurate",
+    random_seed: int | None = None,
+    opened: Mapping[str, Checkpoint] | None = None,
+    truncate_embeddings: bool = False,
 ) -> Plan:
     """Decide everything a merge will do; only headers are read.
 
@@ -68,6 +72,12 @@ def plan(
     :param allow_missing: merge a tensor without the models that lack it instead of failing.
     :param numerics: ``"accurate"`` computes in float32 and rounds once; ``"mergekit"`` rounds every
         intermediate in the recipe's dtype as mergekit does, for results equal to its own.
+    :param random_seed: the seed of random methods, instead of the recipe's parameter ``seed``; with
+        ``numerics="mergekit"`` it is that of torch's generator.
+    :param opened: models by the name that the recipe gives them, instead of opening these.
+    :param truncate_embeddings: where vocabularies have different sizes and the recipe chooses no
+        tokenizer, merge the first rows of embeddings, which all models have. The output is wrong
+        unless their tokens have the same ids.
     :raises RecipeError: the recipe is wrong.
     :raises CheckpointError: an input is not a valid checkpoint.
     :raises PlanError: recipe and inputs do not fit together, or not into the memory.
@@ -92,7 +102,101 @@ def plan(
         allow_missing=allow_missing,
         strict=strict,
         numerics=numerics,
+        random_seed=random_seed,
+        opened=opened or {},
+        truncate_embeddings=truncate_embeddings,
     )
+
+
+def explain(
+    recipe: RecipeSource | Recipe,
+    tensor: str | None = None,
+    *,
+    strict: bool = False,
+    **planning: Any,
+) -> Explanation:
+    """What a merge will do to each output tensor, and which line of the recipe says so.
+
+    Only headers are read. Of several documents the one without a name is explained.
+
+    :param recipe: what :func:`load_recipe` takes, or what it returned.
+    :param tensor: the name of an output tensor, or a part of the names of some; default: all.
+    :param strict: make the recipe's warnings errors.
+    :param planning: further options of :func:`plan`.
+    :raises PlanError: no output tensor has ``tensor`` in its name.
+
+    Raises also what :func:`plan` raises.
+    """
+    from pymerge.plan.explain import explain_plan
+
+    loaded, inner = load_documents(recipe, strict=strict, **planning)
+    decided = plan(loaded, strict=strict, **{**planning, "opened": inner})
+    return explain_plan(loaded, decided, tensor)
+
+
+def load_documents(
+    recipe: RecipeSource | Recipe,
+    *,
+    strict: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
+    as_read: bool = False,
+    **planning: Any,
+) -> tuple[Recipe, dict[str, Checkpoint]]:
+    """A recipe and ``opened``; of several documents the one without a name, with the outputs of the
+    others, of which there are headers only.
+
+    :param as_read: the outputs are to be made as they are read.
+    :raises RecipeError: no document is without a name; or, with ``as_read``, one must be written.
+    """
+    from pymerge.plan.merged import as_checkpoint, why_written
+    from pymerge.recipe import Recipe, in_order, split_documents
+
+    found = dict(opened or {})
+    if isinstance(recipe, Recipe):
+        return recipe, found
+    text = _text_of(recipe)
+    try:
+        documents = [] if text is None else split_documents(text)
+        if len(documents) < 2:
+            return load_recipe(recipe, strict=strict), found
+        merges = {each.name: load_recipe(each.text, strict=strict) for each in documents}
+    except RecipeError as error:
+        if text is recipe or str(error).startswith(f"{recipe}: "):
+            raise
+        raise RecipeError(f"{recipe}: {error}") from error
+    if None not in merges:
+        raise RecipeError(
+            "every document has a name; leave out that of the one that others lead to"
+        )
+    uses = {
+        name: [ref.path for ref in each.models if ref.path in merges]
+        for name, each in merges.items()
+    }
+    for name in in_order(uses):
+        if name is None or name in found:
+            continue
+        decided = plan(merges[name], strict=strict, **{**planning, "opened": found})
+        reason = why_written(decided) if as_read else None
+        if reason is not None:
+            raise RecipeError(
+                f"the document {name!r} must be merged by itself ({reason}); keep its output with "
+                "pymerge multi --intermediates, and name that as a model"
+            )
+        found[name] = as_checkpoint(decided, name)
+    return merges[None], found
+
+
+def _text_of(recipe: RecipeSource) -> str | None:
+    """The YAML text; None for a mapping, and for what is no readable file."""
+    if isinstance(recipe, Mapping):
+        return None
+    text = os.fspath(recipe)
+    if "\n" in text:
+        return text
+    try:
+        return Path(text).read_text("utf-8-sig")
+    except (OSError, ValueError):
+        return None  # a recipe on one line, or something that load_recipe objects to
 
 
 def merge(
@@ -107,6 +211,7 @@ def merge(
     allow_pickle: bool = False,
     allow_missing: bool = False,
     numerics: Numerics = "accurate",
+    random_seed: int | None = None,
     overwrite: bool = False,
     non_finite: NonFinite = "warn",
     sync: bool = True,
@@ -123,7 +228,7 @@ def merge(
     without the kill.
 
     :param recipe: what :func:`plan` takes, or a plan; with a plan the parameters up to
-        ``numerics`` are part of it already.
+        ``random_seed`` are part of it already.
     :param out: output folder; created if it does not exist.
     :param overwrite: replace a model that ``out`` holds; without it that is an error.
     :param non_finite: ``"warn"`` reports NaN and infinite elements, ``"fail"`` leaves the merge
@@ -164,6 +269,7 @@ def merge(
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
             numerics=numerics,
+            random_seed=random_seed,
         )
     )
     folder = Path(out)
@@ -194,6 +300,35 @@ def verify(
     from pymerge.checkpoint import verify_folder
 
     return verify_folder(Path(out), progress=progress)
+
+
+def push(
+    out: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pushed:
+    """Verify an output folder and upload it to the Hugging Face hub as one commit.
+
+    Arguments, result and errors are those of :func:`pymerge.checkpoint.push_folder`.
+    """
+    from pymerge.checkpoint import push_folder
+
+    return push_folder(
+        Path(out),
+        repo_id,
+        private=private,
+        revision=revision,
+        message=message,
+        create_pr=create_pr,
+        token=token,
+        progress=progress,
+    )
 
 
 def default_memory() -> int:

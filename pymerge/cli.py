@@ -10,12 +10,18 @@ from pymerge._version import __version__
 from pymerge.commands.adapters import combine_lora, extract_lora
 from pymerge.commands.demo import demo
 from pymerge.commands.doctor import doctor
+from pymerge.commands.explain import explain
 from pymerge.commands.inspect import inspect
 from pymerge.commands.materialize import materialize
 from pymerge.commands.merge import merge
 from pymerge.commands.methods import methods
+from pymerge.commands.multi import multi
 from pymerge.commands.options import Debug
 from pymerge.commands.plan import plan
+from pymerge.commands.push import push
+from pymerge.commands.raw import raw
+from pymerge.commands.report import report
+from pymerge.commands.run import RUN_SETTINGS, run
 from pymerge.commands.running import run_app
 from pymerge.commands.verify import verify
 
@@ -52,8 +58,14 @@ def options(
 
 
 app.command()(merge)
+app.command()(multi)
 app.command()(plan)
+app.command()(explain)
+app.command(context_settings=RUN_SETTINGS)(run)
+app.command()(raw)
 app.command()(verify)
+app.command()(report)
+app.command()(push)
 app.command()(materialize)
 app.command("extract-lora")(extract_lora)
 app.command("combine-lora")(combine_lora)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from pymerge.checkpoint import Checkpoint
+from pymerge.checkpoint import Checkpoint, ScaledTensor, TensorEntry, stored_entries
 from pymerge.engine.events import Snapshot
 from pymerge.engine.matrix_rates import MatrixRates, matrix_seconds
 from pymerge.engine.rates import Rates, floor_seconds
@@ -44,6 +44,11 @@ def _console(stream: TextIO) -> Console:
 
 _out = _console(sys.stdout)
 _err = _console(sys.stderr)
+
+
+def output_console() -> Console:
+    """Where results are printed."""
+    return _out
 
 
 class Display:
@@ -185,8 +190,9 @@ def plan_summary(
         },
         "donor": plan.donor.reference,
         "tensors": {
-            "merged": sum(job.kind == "merge" for job in plan.jobs),
-            "copied": sum(job.kind == "copy" for job in plan.jobs),
+            "merged": sum(jobs[0].kind == "merge" for jobs in plan.jobs_of_tensors.values()),
+            "copied": sum(jobs[0].kind == "copy" for jobs in plan.jobs_of_tensors.values()),
+            "matrices_of_experts": sum(job.piece is not None for job in plan.jobs),
             "streamed": [job.name for job in plan.streamed],
         },
         "shards": {shard.file_name: shard.num_bytes for shard in plan.shards},
@@ -287,6 +293,8 @@ def _matrix_lines(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def _plan_lines(plan: Plan, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts, memory = summary["tensors"], summary["memory"]
     streamed = counts["streamed"]
+    pieces = counts["matrices_of_experts"]
+    experts = f", {pieces} matrices of packed experts each by itself" if pieces else ""
     backends: dict[str, list[str]] = {}
     passed_over: dict[str, str] = {}
     for op, choice in summary["backends"].items():
@@ -299,7 +307,7 @@ def _plan_lines(plan: Plan, summary: Mapping[str, Any]) -> list[tuple[str, str]]
             for name, each in summary["inputs"].items()
         ),
         ("donor", f"{summary['donor']} (names, order, configuration)"),
-        ("tensors", f"{counts['merged']} merged, {counts['copied']} copied"),
+        ("tensors", f"{counts['merged']} merged, {counts['copied']} copied{experts}"),
         (
             "output",
             f"{counted(len(plan.shards), 'file')}, {format_size(plan.bytes_written)}",
@@ -349,7 +357,12 @@ def print_checkpoint(
                         "shape": list(entry.shape),
                         "file": entry.file.name,
                         "offset": entry.offset,
-                        "bytes": entry.num_bytes,
+                        "bytes": entry.read_bytes,
+                        **(
+                            {"storage": entry.storage, "counts_as": entry.nominal.name}
+                            if isinstance(entry, ScaledTensor)
+                            else {}
+                        ),
                         **({} if nonfinite is None else {"nonfinite": nonfinite[name]}),
                     }
                     for name, entry in checkpoint.tensors.items()
@@ -361,15 +374,21 @@ def print_checkpoint(
     for name, entry in checkpoint.tensors.items():
         bad = "" if nonfinite is None else f"  non-finite: {nonfinite[name]}"
         _out.print(
-            f"{escape(name)}  {entry.format.name}  {escape(str(list(entry.shape)))}  "
-            f"{format_size(entry.num_bytes)}  {entry.file.name}{bad}"
+            f"{escape(name)}  {_storage(entry)}  {escape(str(list(entry.shape)))}  "
+            f"{format_size(entry.read_bytes)}  {entry.file.name}{bad}"
         )
-    formats = sorted({entry.format.name for entry in checkpoint.tensors.values()})
+    stored = (each for entry in checkpoint.tensors.values() for each in stored_entries(entry))
+    formats = sorted({entry.format.name for entry in stored})
     _out.print(
         f"[bold]{counted(len(checkpoint.tensors), 'tensor')}[/], "
         f"{counted(len(checkpoint.headers), 'file')}, "
         f"{format_size(checkpoint.total_bytes)}, {', '.join(formats)}"
     )
+
+
+def _storage(entry: TensorEntry) -> str:
+    """How a tensor is stored."""
+    return entry.storage if isinstance(entry, ScaledTensor) else entry.format.name
 
 
 def print_methods(found: Sequence[MethodSpec]) -> None:

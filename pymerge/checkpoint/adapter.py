@@ -303,7 +303,7 @@ class _Application:
             entry.offset,
             entry.num_bytes,
             None,
-            there.format,
+            nominal_format(there),
         )
         return own_head
 
@@ -433,6 +433,14 @@ class _Application:
     def _set(self, name: str, there: TensorEntry, update: LowRank) -> None:
         if update_of(there) is not None:
             self._refuse(update.left, f"one update of {name}", "a second one")
+        if isinstance(there, DerivedTensor):
+            self._refuse(
+                update.left,
+                f"{name} of {self._base.reference} stored as plain weights",
+                f"it made of {there.stored[0].format.name} codes",
+                "name the unquantised base, or merge that model alone by passthrough first: its "
+                "output is unquantised",
+            )
         self._changes[name] = AdapterTensor(
             name,
             there.format,

@@ -18,7 +18,12 @@ TEXT_KEYS = ("text_config", "llm_config", "language_config")
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 #: Lists of layer numbers, as opposed to lists with one element for each layer.
-LAYER_NUMBER_KEYS = ("mlp_only_layers", "cross_attention_layers")
+LAYER_NUMBER_KEYS = (
+    "mlp_only_layers",
+    "cross_attention_layers",
+    "fullatt_block_indexes",
+    "deepstack_visual_indexes",
+)
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 Config = dict[str, Any]
@@ -63,7 +68,7 @@ def layer_count(config: Mapping[str, Any] | None) -> int | None:
     """
     if config is None:
         return None
-    for part in _parts(config):
+    for part in language_parts(config):
         for key in LAYER_COUNT_KEYS:
             if part.get(key) is None:
                 continue
@@ -79,7 +84,7 @@ def layer_count(config: Mapping[str, Any] | None) -> int | None:
 
 def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
     """Whether the config says that the output head is the embedding, None where it does not say."""
-    for part in _parts(config or {}):
+    for part in language_parts(config or {}):
         if isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
     return None
@@ -114,10 +119,10 @@ def output_config(
     if num_layers is not None:
         _set_layers(config, num_layers, layer_sources)
     if tied is not None:
-        for part in _parts(config):
+        for part in language_parts(config):
             if part is config or "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = tied
-    for part in _parts(config):
+    for part in language_parts(config):
         for key in QUANTIZATION_KEYS:
             part.pop(key, None)
     return config
@@ -128,7 +133,7 @@ def config_json(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _parts(config: Mapping[str, Any]) -> Iterator[Any]:
+def language_parts(config: Mapping[str, Any]) -> Iterator[Any]:
     """The config itself, then the language model's nested configs."""
     yield config
     for key in TEXT_KEYS:
@@ -143,7 +148,7 @@ def _is_float_name(name: str) -> bool:
 
 def _set_dtype(config: Config, name: str) -> None:
     found = False
-    for part in _parts(config):
+    for part in language_parts(config):
         for key in DTYPE_KEYS:
             if key in part:
                 part[key] = name
@@ -155,7 +160,7 @@ def _set_dtype(config: Config, name: str) -> None:
 
 def _set_layers(config: Config, num_layers: int, layer_sources: Sequence[int] | None) -> None:
     found = False
-    for part in _parts(config):
+    for part in language_parts(config):
         count = layer_count({key: part.get(key) for key in LAYER_COUNT_KEYS})
         if count is None:
             continue
@@ -164,7 +169,7 @@ def _set_layers(config: Config, num_layers: int, layer_sources: Sequence[int] | 
             if part.get(key) == count:
                 part[key] = num_layers
         if layer_sources is not None:
-            _gather_lists(part, count, layer_sources)
+            gather_lists(part, count, layer_sources)
     if not found:
         raise CheckpointError(
             f"{CONFIG_NAME}: expected a layer count ({', '.join(LAYER_COUNT_KEYS)}) to set to "
@@ -172,7 +177,10 @@ def _set_layers(config: Config, num_layers: int, layer_sources: Sequence[int] | 
         )
 
 
-def _gather_lists(part: Config, count: int, layer_sources: Sequence[int]) -> None:
+def gather_lists(part: Config, count: int, layer_sources: Sequence[int]) -> None:
+    """Make the lists of a config with one element for each of ``count`` layers, or with numbers of
+    layers, fit the layers ``layer_sources``. Raises CheckpointError for a layer beyond ``count``.
+    """
     for key, value in part.items():
         if not isinstance(value, list):
             continue

@@ -11,6 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from pymerge.checkpoint.header import TensorEntry
+from pymerge.errors import CheckpointError
 from pymerge.formats import Format
 
 
@@ -25,14 +26,16 @@ class DerivedTensor(TensorEntry):
     stored: tuple[TensorEntry, ...]
     nominal: Format
 
-    #: Blocks beside the result's that making a tile takes.
-    scratch_blocks = 1
-
     def __eq__(self, other: object) -> bool:
         return self is other
 
     def __hash__(self) -> int:
         return id(self)
+
+    @property
+    def scratch_blocks(self) -> int:
+        """Blocks beside the result's that making a tile takes."""
+        return 1
 
     @property
     def key(self) -> Hashable:
@@ -45,6 +48,19 @@ class DerivedTensor(TensorEntry):
     def fingerprint(self) -> str:
         """What is done to the stored tensors, as a text that differs where the elements do."""
         raise NotImplementedError
+
+
+def refuse_derived(entry: TensorEntry) -> None:
+    """For readers of plain bytes.
+
+    :raises CheckpointError: no file holds the tensor's elements as they are.
+    """
+    if isinstance(entry, DerivedTensor):
+        raise CheckpointError(
+            f"{entry.file}, tensor {entry.name!r}: expected plain weights, found them made of "
+            f"{entry.stored[0].format.name} codes with scales; merge the model alone by "
+            "passthrough first, which writes it unquantised, and name that output"
+        )
 
 
 def stored_entries(entry: TensorEntry) -> tuple[TensorEntry, ...]:

@@ -37,7 +37,7 @@ def download(reference: str, *, allow_pickle: bool = False) -> Path:
         # The hub client raises many kinds (its own, httpx, OSError); all mean "not to be had", and
         # the reason is passed on.
         except Exception as error:
-            reasons.append("not there" if cached_only else _short(error))
+            reasons.append("not there" if cached_only else brief(error))
             continue
         if _has_weights(folder):
             return folder
@@ -73,6 +73,11 @@ def parse_hub_reference(reference: str) -> tuple[str, str | None]:
     return hub_id, revision or None
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be the id of a model, with or without its owner."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str], cached_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -87,7 +92,7 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str], cached_onl
     )
 
 
-def _short(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """The first sentence of what the hub's client says."""
     lines = str(error).strip().splitlines()
     sentence = re.split(r"(?<=\w)\.(?:\s|$)", lines[0])[0] if lines else "no reason given"

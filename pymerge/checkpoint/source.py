@@ -17,6 +17,7 @@ from pymerge.checkpoint.header import Header, TensorEntry, read_header
 from pymerge.checkpoint.index import INDEX_NAME, INDEX_SUFFIX, check_agreement, read_index
 from pymerge.checkpoint.layout import STATISTICS_FOLDER, STATISTICS_NAME, TASKS_FILE
 from pymerge.checkpoint.quantization import refuse_quantized_config, refuse_quantized_tensors
+from pymerge.checkpoint.scaled import with_scales
 from pymerge.checkpoint.strict_json import shown, shown_names
 from pymerge.errors import CheckpointError
 from pymerge.names import split_adapter
@@ -42,7 +43,8 @@ class Checkpoint:
 
     ``folder`` holds config and tokenizer files and is None for a bare weights file. ``hub_id`` is
     set where the model came from the hub. ``tensors`` is ordered by shard, then offset; with a LoRA
-    adapter those that it changes say how (``adapter.AdapterTensor``). ``warnings`` are sentences.
+    adapter those that it changes say how (``adapter.AdapterTensor``), and float8 codes with scales
+    are the weights that they mean (``scaled.ScaledTensor``). ``warnings`` are sentences.
     """
 
     reference: str
@@ -55,8 +57,8 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.num_bytes for entry in self.tensors.values())
+        """Bytes of all tensors as they are stored."""
+        return sum(entry.read_bytes for entry in self.tensors.values())
 
     @property
     def tied_embeddings(self) -> bool:
@@ -108,6 +110,17 @@ def open_checkpoint(
     return replace(apply_adapter(base, alone), reference=reference)
 
 
+def with_adapter(
+    base: Checkpoint, adapter: str | None, *, allow_pickle: bool = False
+) -> Checkpoint:
+    """A model that is open with an adapter put on it, if there is one. Raises CheckpointError."""
+    from pymerge.checkpoint.adapter import apply_adapter, open_adapter
+
+    if adapter is None:
+        return base
+    return apply_adapter(base, open_adapter(adapter, allow_pickle=allow_pickle))
+
+
 def _open_base(reference: str, allow_pickle: bool) -> Checkpoint:
     """A model to put an adapter on."""
     opened = _open(reference, allow_pickle)
@@ -155,7 +168,7 @@ def _open_file(reference: str, path: Path, allow_pickle: bool) -> Checkpoint:
         return _open_folder(reference, path.parent, path, None, allow_pickle)
     if path.suffix == ".safetensors":
         header = read_header(path)
-    elif path.suffix in PICKLE_SUFFIXES:
+    elif path.suffix in (*PICKLE_SUFFIXES, ".ckpt"):
         header = _convert(reference, [path], None, allow_pickle)[0]
     else:
         raise CheckpointError(
@@ -361,4 +374,5 @@ def _build(
             f"{shown_names([header.path.name for header in headers])}; copy or download it again"
         )
     refuse_quantized_tensors(reference, tensors)
-    return Checkpoint(reference, folder, headers, tensors, config, hub_id)
+    tensors, warnings = with_scales(reference, tensors, config)
+    return Checkpoint(reference, folder, headers, tensors, config, hub_id, warnings)

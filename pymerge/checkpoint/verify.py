@@ -1,4 +1,5 @@
-"""Reading an output folder again and comparing every byte with its manifest."""
+"""Reading an output folder again and comparing every byte with its manifest, and the tensors, the
+configuration and the tokenizer with one another."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pymerge.checkpoint.config import CONFIG_NAME, read_json_object
 from pymerge.checkpoint.header import TensorEntry, read_header
 from pymerge.checkpoint.manifest import FileRecord, Manifest, ShardRecord, read_manifest
 from pymerge.checkpoint.strict_json import shown, shown_names
+from pymerge.checkpoint.tokenizer import TOKENIZER_NAME, read_tokenizer
+from pymerge.checkpoint.vocabulary import disagreements
 from pymerge.errors import BackendError, CheckpointError
 
 BUFFER_BYTES = 8 << 20
@@ -38,6 +42,9 @@ class VerifyReport:
 def verify_folder(folder: Path | str, *, progress: Progress | None = None) -> VerifyReport:
     """Compare all files of a merge's output with its manifest.
 
+    Beside that the size of the vocabulary that config.json gives must be that of the embedding and
+    the head, and every id of tokenizer.json must have a row in them.
+
     Raises CheckpointError where there is no readable manifest; everything else that is wrong is a
     problem in the report.
     """
@@ -52,6 +59,7 @@ class _Verification:
         self.progress = progress
         self.problems: list[str] = []
         self.files_checked = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.bytes_done = 0
         self.bytes_total = sum(shard.num_bytes for shard in manifest.shards.values())
         self.bytes_total += sum(file.num_bytes for file in manifest.files.values())
@@ -64,6 +72,7 @@ class _Verification:
         for name, file in self.manifest.files.items():
             self._check(name, partial(self._check_file, name, file))
         self._check_unexpected()
+        self._check_vocabulary()
         return VerifyReport(self.files_checked, self.bytes_done, tuple(self.problems))
 
     def _check(self, name: str, check: Callable[[], None]) -> None:
@@ -91,6 +100,7 @@ class _Verification:
         header = read_header(path)
         if header.sha256 != record.header_sha256:
             self.problems.append(f"{name}: the header is not the one that was written")
+        self.shapes |= {entry.name: entry.shape for entry in header.tensors.values()}
         missing = sorted(record.tensors.keys() - header.tensors.keys())
         extra = sorted(header.tensors.keys() - record.tensors.keys())
         if missing:
@@ -140,6 +150,18 @@ class _Verification:
             )
         elif found.sha256 != record.sha256:
             self.problems.append(f"{name}: the content is not what was written")
+
+    def _check_vocabulary(self) -> None:
+        """Only tokenizer.json says for certain which tokens there are."""
+        try:
+            config = read_json_object(self.folder / CONFIG_NAME)
+            document = read_json_object(self.folder / TOKENIZER_NAME)
+            has_tokens = document is not None and "model" in document
+            tokenizer = read_tokenizer(self.folder) if has_tokens else None
+        except CheckpointError as error:
+            self.problems.append(str(error))
+            return
+        self.problems += disagreements(self.shapes, config, tokenizer)
 
     def _check_unexpected(self) -> None:
         known = self.manifest.shards.keys() | self.manifest.files.keys()

@@ -19,6 +19,7 @@ from pymerge.commands.options import (
     ShardOption,
     StrictOption,
     ThreadsOption,
+    TruncateOption,
     this_command,
 )
 
@@ -75,6 +76,7 @@ def merge(
     strict: StrictOption = False,
     allow_pickle: PickleOption = False,
     allow_missing: MissingOption = False,
+    truncate_embeddings: TruncateOption = False,
     numerics: NumericsOption = "accurate",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -91,6 +93,7 @@ def merge(
         strict=strict,
         allow_pickle=allow_pickle,
         allow_missing=allow_missing,
+        truncate_embeddings=truncate_embeddings,
         numerics=numerics,  # type: ignore[arg-type]
     )
     run = partial(

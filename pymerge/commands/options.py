@@ -49,6 +49,13 @@ MissingOption = Annotated[
     typer.Option("--allow-missing", help="Merge a tensor without the models that lack it."),
 ]
 
+TruncateOption = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-truncate-embeddings",
+        help="Merge the rows that all vocabularies have; right only where ids mean the same.",
+    ),
+]
 NumericsOption = Annotated[
     str,
     typer.Option(

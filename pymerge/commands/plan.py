@@ -17,6 +17,7 @@ from pymerge.commands.options import (
     ShardOption,
     StrictOption,
     ThreadsOption,
+    TruncateOption,
 )
 
 
@@ -39,6 +40,7 @@ def plan(
     strict: StrictOption = False,
     allow_pickle: PickleOption = False,
     allow_missing: MissingOption = False,
+    truncate_embeddings: TruncateOption = False,
     numerics: NumericsOption = "accurate",
 ) -> None:
     """Print what a merge will do: jobs, bytes, memory, backends, time floor.
@@ -59,6 +61,7 @@ def plan(
         strict=strict,
         allow_pickle=allow_pickle,
         allow_missing=allow_missing,
+        truncate_embeddings=truncate_embeddings,
         numerics=numerics,  # type: ignore[arg-type]
     )
     rates = rates_of(folder)

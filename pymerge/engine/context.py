@@ -10,17 +10,23 @@ from typing import Any
 
 from pymerge.engine.blocks import BlockPool, Stopped
 from pymerge.engine.events import Events
-from pymerge.engine.matrices import Matrices
+from pymerge.engine.gathered import Once
+from pymerge.engine.matrices import HOST, Matrices
 from pymerge.engine.output import Output
 from pymerge.engine.sources import Sources
 from pymerge.engine.updates import Updates
 from pymerge.methods.protocol import Tile
 from pymerge.ops.executor import make_executor
 from pymerge.ops.view import View
-from pymerge.plan import Plan
+from pymerge.plan import Job, Plan
 
 #: Jobs in progress at once: while one computes, the next is read.
 NUM_LANES = 3
+#: Jobs with no more bytes of inputs are computed by their lane itself, one after the other: the
+#: interpreter takes longer than the memory for them, and threads would only wait for each other.
+SMALL_BYTES = 1 << 18
+#: Small jobs that a lane takes at once.
+GROUP = 64
 
 
 class Context:
@@ -47,8 +53,10 @@ class Context:
         # One tile beyond those the tasks carry waits its turn: more would only touch more memory.
         self._in_flight = threading.Semaphore(tiling.threads + tiling.readers + 1)
         self._slots = threading.Semaphore(self.executor.num_slots)
+        self._on_host = HOST in self.executor.devices
         self._stopping = threading.Event()
         self.updates = Updates(self)
+        self.once = Once()
         self.matrices = Matrices(self)
 
     def acquire_tile(self, count: int) -> list[int]:
@@ -71,6 +79,25 @@ class Context:
     def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
         """Queue a task that owns its blocks; if it fails, nothing queued behind it starts."""
         return self._tasks.submit(self._run, task, *args)
+
+    def run_now(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
+        """As :meth:`submit`, but in the calling thread, and done when it returns."""
+        done: Future[Any] = Future()
+        try:
+            done.set_result(self._run(task, *args))
+        except BaseException as error:
+            done.set_exception(error)
+        return done
+
+    def is_small(self, job: Job) -> bool:
+        """Whether handing a job's tiles to other threads costs more than they take: one tile of few
+        bytes, in host memory, without matrices."""
+        return (
+            job.input_bytes <= SMALL_BYTES
+            and not job.cost.num_bytes
+            and not job.updates
+            and self._on_host
+        )
 
     def _run(self, task: Callable[..., Any], *args: Any) -> Any:
         try:

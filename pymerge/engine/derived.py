@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint import DerivedTensor
+from pymerge.checkpoint import DerivedTensor, JoinedTensor, PartTensor, ScaledTensor
+from pymerge.checkpoint.rows import RowsTensor
+from pymerge.engine.gathered import make_rows
+from pymerge.engine.merged import make_merged
+from pymerge.engine.parts import make_joined, make_part
+from pymerge.engine.scaled import make_scaled
 from pymerge.ops.view import View
-from pymerge.plan import Job
+from pymerge.plan.merged import MergedTensor
 
 if TYPE_CHECKING:
     from pymerge.engine.loader import TileLoader
@@ -16,12 +22,9 @@ if TYPE_CHECKING:
 #: on in the block and returns their view; ``scratch`` are the entry's ``scratch_blocks`` blocks.
 Make = Callable[["TileLoader", Any, int, int, int, Sequence[int]], View]
 
-MAKERS: Mapping[type[DerivedTensor], Make] = {}
-
 
 def make_tile(
     loader: TileLoader,
-    job: Job,
     entry: DerivedTensor,
     start: int,
     num: int,
@@ -31,5 +34,14 @@ def make_tile(
     """The elements of a tile of a derived tensor, in host memory."""
     maker = MAKERS.get(type(entry))
     if maker is None:
-        raise RuntimeError(f"{job.name}: nothing makes a {type(entry).__name__}")
+        raise RuntimeError(f"{entry.name}: nothing makes a {type(entry).__name__}")
     return maker(loader, entry, start, num, block, scratch)
+
+
+MAKERS: Mapping[type[DerivedTensor], Make] = {
+    JoinedTensor: partial(make_joined, make_tile),
+    MergedTensor: make_merged,
+    RowsTensor: partial(make_rows, make_tile),
+    PartTensor: partial(make_part, make_tile),
+    ScaledTensor: make_scaled,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from pymerge.checkpoint import (
@@ -16,13 +16,17 @@ from pymerge.checkpoint import (
     index_json,
     manifest_json,
     read_manifest,
-    tokenizer_files,
 )
+from pymerge.checkpoint.license import license_of
+from pymerge.checkpoint.sidefiles import tokenizer_files
 from pymerge.engine.journal import NAME as JOURNAL_NAME
 from pymerge.engine.journal import Record
+from pymerge.engine.pieces import checksums, nonfinite
 from pymerge.errors import CheckpointError, StorageError
+from pymerge.methods.spec import ParameterValue, value_text
 from pymerge.plan import Plan
-from pymerge.report.card import CardBeside, CardModel, model_card
+from pymerge.plan.merged import MergedTensor
+from pymerge.report.card import CardBeside, CardModel, CardParameters, model_card
 
 CARD_NAME = "README.md"
 
@@ -40,6 +44,7 @@ def side_files(plan: Plan) -> dict[str, bytes]:
         for path in paths:
             if donor.folder is not None:
                 files[path.relative_to(donor.folder).as_posix()] = _content(path)
+    files |= plan.files
     if plan.config is not None:
         files["config.json"] = config_json(plan.config)
     files[CARD_NAME] = _card(plan).encode()
@@ -96,13 +101,13 @@ def make_manifest(plan: Plan, records: Mapping[str, Record], files: Mapping[str,
         backends=plan.ops.backends,
         shards=plan.model_shards,
         task_shards=plan.task_shards,
-        checksums={name: record.crc32c for name, record in records.items()},
+        checksums=checksums(plan, records),
         task_checksums={
             part.name: crc
             for job in plan.jobs
             for part, crc in zip(job.parts, records[job.name].parts, strict=True)
         },
-        nonfinite={name: record.nonfinite for name, record in records.items()},
+        nonfinite=nonfinite(plan, records),
         files={name: FileRecord.of_bytes(content) for name, content in files.items()},
     )
 
@@ -123,10 +128,11 @@ def _card(plan: Plan) -> str:
         title=f"Merged model ({spec.name})",
         method=spec,
         models=[_card_model(checkpoint) for checkpoint in plan.checkpoints.values()],
+        parameters=_parameters(plan),
         base=None if spec.base == "input" else _card_model(plan.donor),
         recipe=plan.recipe_text,
         dtype=max(sizes, key=lambda name: (sizes[name], name)),
-        num_tensors=len(plan.jobs),
+        num_tensors=plan.num_tensors,
         beside=None
         if plan.description is None
         else CardBeside(plan.description.title, plan.description.use, plan.tasks),
@@ -134,4 +140,32 @@ def _card(plan: Plan) -> str:
 
 
 def _card_model(checkpoint: Checkpoint) -> CardModel:
-    return CardModel(checkpoint.reference, checkpoint.hub_id)
+    inner = any(isinstance(entry, MergedTensor) for entry in checkpoint.tensors.values())
+    known = None if inner else license_of(checkpoint)
+    return CardModel(checkpoint.reference, checkpoint.hub_id, known)
+
+
+def _parameters(plan: Plan) -> list[CardParameters]:
+    """The values that the merged tensors have, of each model by its reference and of all."""
+    found: dict[str | None, dict[str, set[ParameterValue]]] = {None: {}}
+    for job in plan.jobs:
+        if job.kind != "merge":
+            continue
+        own = zip(job.model_names, job.model_parameters, strict=False)
+        for name, values in ((None, job.parameters), *own):
+            opened = None if name is None else plan.checkpoints.get(name)
+            of_model = found.setdefault(name if opened is None else opened.reference, {})
+            for key, value in values.items():
+                of_model.setdefault(key, set()).add(value)
+    return [
+        CardParameters(reference, {key: _range_text(each) for key, each in values.items()})
+        for reference, values in found.items()
+    ]
+
+
+def _range_text(values: Set[ParameterValue]) -> str:
+    """The value, or the ends of a range of numbers, or the words."""
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(values) > 1 and len(numbers) == len(values):
+        return f"{value_text(min(numbers))} to {value_text(max(numbers))}"
+    return ", ".join(sorted(map(value_text, values)))

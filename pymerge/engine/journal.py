@@ -107,6 +107,7 @@ class Journal:
         self.path = folder / NAME
         self.num_records = 0
         self._opening: dict[str, object] = {}
+        self._held: list[bytes] | None = None
         self._fd = _open_locked(self.path)
 
     def read(self) -> Found:
@@ -177,7 +178,18 @@ class Journal:
     def mark_durable(self, num_records: int) -> None:
         """Record that the bytes of the first ``num_records`` tensors are on the device."""
         self._append({"durable": num_records})
+        self.write_held()
         os.fsync(self._fd)
+
+    def hold(self) -> None:
+        """Keep lines in memory until :meth:`write_held`; what they tell of may be lost meanwhile,
+        and is done again then."""
+        self._held = []
+
+    def write_held(self, *, and_stop: bool = False) -> None:
+        """Write the lines that were held, and with ``and_stop`` hold no more."""
+        held, self._held = self._held, None if and_stop or self._held is None else []
+        self._write(b"".join(held or ()))
 
     def distrust(self) -> None:
         """From now on only what was marked durable counts: the device lost bytes that were written.
@@ -199,7 +211,12 @@ class Journal:
             self._fd = -1
 
     def _append(self, entry: dict[str, object]) -> None:
-        line = _line(entry)
+        if self._held is not None:
+            self._held.append(_line(entry))
+        else:
+            self._write(_line(entry))
+
+    def _write(self, line: bytes) -> None:
         while line:
             line = line[os.write(self._fd, line) :]
 

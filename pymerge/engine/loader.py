@@ -3,7 +3,7 @@ put on what was read."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from pymerge.checkpoint import AdapterTensor, DerivedTensor, TensorEntry
 from pymerge.engine.blocks import Stopped
@@ -36,29 +36,35 @@ class TileLoader:
         _, num = self.span(index)
         return sum(-(-num * entry.format.bits // 8) for entry in inputs.sources)
 
-    def read_tile(self, index: int, blocks: list[int], inputs: Inputs) -> Tile:
-        """Read one tile into the first ``inputs.num_arrays`` blocks; a source that is named twice
-        is read once, whatever updates are put on it.
+    def read_tile(self, index: int, blocks: Sequence[int], inputs: Inputs) -> Tile:
+        """Read one tile, as :meth:`read_span` does."""
+        return self.read_span(*self.span(index), blocks, inputs)
+
+    def read_span(self, start: int, num: int, blocks: Sequence[int], inputs: Inputs) -> Tile:
+        """Bring ``num`` elements from element ``start`` on into the first ``inputs.num_arrays``
+        blocks; a source that is named twice is read once, whatever updates are put on it.
 
         The job's updates are held (``Updates.hold``).
 
         :raises Stopped: the run is ending.
         """
-        start, num = self.span(index)
         job = self._job
         views: dict[Hashable, View] = {}
-        with self.context.events.stage("read", job.name, self.tile_bytes(index, inputs)):
-            scratch = blocks[len(inputs.sources) + len(inputs.updates) : inputs.num_arrays]
-            for entry, block in zip(inputs.sources, blocks, strict=False):
-                if isinstance(entry, DerivedTensor):
-                    views[entry.key] = make_tile(self, job, entry, start, num, block, scratch)
-                    continue
+        arrays = list(zip(inputs.sources, blocks, strict=False))
+        plain = [(e, block) for e, block in arrays if not isinstance(e, DerivedTensor)]
+        num_bytes = sum(-(-num * entry.format.bits // 8) for entry, _ in plain)
+        with self.context.events.stage("read", job.name, num_bytes):
+            for entry, block in plain:
                 bits, code = entry.format.bits, entry.format.code
                 num_bytes = -(-num * bits // 8)
                 address = self.read(entry, start * bits // 8, num_bytes, block)
                 views[entry.key] = (
                     View(address, BYTES, num_bytes) if code is None else View(address, code, num)
                 )
+        scratch = blocks[len(inputs.sources) + len(inputs.updates) : inputs.num_arrays]
+        for entry, block in arrays:
+            if isinstance(entry, DerivedTensor):
+                views[entry.key] = make_tile(self, entry, start, num, block, scratch)
         updated = {}
         for entry, block in zip(inputs.updates, blocks[len(inputs.sources) :], strict=False):
             out = updated[entry] = float_view(block, F32, num)
@@ -77,9 +83,12 @@ class TileLoader:
         )
         return Tile(start, num, base, models, diagonals)
 
-    def read(self, entry: TensorEntry, first: int, num_bytes: int, block: int) -> int:
-        """Read bytes of a tensor into a block; returns the address where they begin."""
+    def read(
+        self, entry: TensorEntry, first: int, num_bytes: int, block: int, size: int | None = None
+    ) -> int:
+        """Read bytes of a tensor into a block, or into ``size`` bytes of one; returns the address
+        where they begin."""
         if self.context.stopping:
             raise Stopped
-        size = self.context.pool.block_bytes
+        size = self.context.pool.block_bytes if size is None else size
         return self.context.sources.read(entry, first, num_bytes, block, size)

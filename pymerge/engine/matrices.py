@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,11 +129,15 @@ class Spill:
     """
 
     def __init__(self, context: Context) -> None:
-        self._folder = context.output.folder
+        self._context = context
         self._file: Any = None
         self._places: dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]] = {}
         self._end = 0
         self._lock = threading.Lock()
+
+    @property
+    def _folder(self) -> Path:
+        return self._context.output.folder
 
     def put(self, name: str, array: NDArray[np.generic]) -> None:
         """Keep an array.

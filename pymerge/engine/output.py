@@ -23,6 +23,7 @@ import errno
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,6 +80,9 @@ class Output:
             self.close()
             raise
         self.resumed = frozenset(self.records)
+        self._pieces_left = Counter(
+            job.tensor_name for job in plan.jobs if job.piece and job.name not in self.records
+        )
         self._left = [
             sum(name not in self.records for name in names) for names in self._jobs_of_shards
         ]
@@ -94,15 +98,17 @@ class Output:
         with self._storage_errors():
             shard.write(place.offset + first_byte, address, num_bytes)
 
-    def finish(self, job: Job, record: Record) -> None:
-        """Journal a tensor whose bytes are all written; complete a shard if it was its last.
+    def finish(self, job: Job, record: Record) -> bool:
+        """Journal a job whose bytes are all written; complete a shard if it was its last.
 
+        :returns: whether that was all of a tensor.
         :raises StorageError: the device is full or failed; what was written so far can be resumed.
         """
         with self._lock:
             with self._storage_errors():
                 self._journal.add(job.name, record)
             self.records[job.name] = record
+            is_whole = job.piece is None or self._is_whole(job.piece.tensor)
             full = []
             for shard in _shards_of(job):
                 self._left[shard] -= 1
@@ -117,6 +123,26 @@ class Output:
             self._complete(shard)
         if due and not full:
             self.make_durable()
+        return is_whole
+
+    @contextmanager
+    def journal_together(self) -> Iterator[None]:
+        """The journal's lines of what is finished meanwhile are written at once, at the end.
+
+        :raises StorageError: they cannot be written.
+        """
+        with self._lock:
+            self._journal.hold()
+        try:
+            yield
+        finally:
+            with self._lock, self._storage_errors():
+                self._journal.write_held(and_stop=True)
+
+    def _is_whole(self, tensor: str) -> bool:
+        """Whether a job was the last of its tensor's."""
+        self._pieces_left[tensor] -= 1
+        return self._pieces_left[tensor] == 0
 
     def make_durable(self) -> None:
         """Sync the open shards, then mark the journal.
@@ -304,6 +330,7 @@ class Output:
             self.make_durable()
             with self._syncing:
                 with self._lock:
+                    self._journal.write_held()
                     self._shards[number] = None
                 shard.close()
             num_model_shards = len(self.plan.model_shards)

@@ -7,15 +7,17 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from pymerge.engine import pieces
+from pymerge.engine.batch import Batch
 from pymerge.engine.blocks import Stopped
-from pymerge.engine.context import NUM_LANES, Context
+from pymerge.engine.context import GROUP, NUM_LANES, Context
 from pymerge.engine.events import Events, Snapshot
 from pymerge.engine.finish import finished_manifest, make_manifest
 from pymerge.engine.model_look import measure_model
@@ -25,7 +27,7 @@ from pymerge.engine.sources import Sources
 from pymerge.engine.tasks import task_files
 from pymerge.engine.tensor_run import TensorRun
 from pymerge.errors import InterruptedMerge, PymergeError
-from pymerge.plan import Plan
+from pymerge.plan import Job, Plan
 from pymerge.sizes import counted
 
 #: Files that a merge opens beside its sources and shards: journal, trace, side files, probes.
@@ -106,7 +108,8 @@ def run_plan(
                 sources.check_unchanged()
             finally:
                 context.close()
-            found = {name: r.nonfinite for name, r in sorted(output.records.items()) if r.nonfinite}
+            counts = pieces.nonfinite(plan, output.records)
+            found = {name: count for name, count in sorted(counts.items()) if count}
             _check_finite(found, nonfinite)
             warnings = [
                 f"{name}: {sentence}"
@@ -119,7 +122,8 @@ def run_plan(
         except InterruptedMerge as stop:
             output.make_durable()
             raise InterruptedMerge(
-                f"{stop}: {len(output.records)} of {len(plan.jobs)} tensors are written; "
+                f"{stop}: {pieces.num_done(plan, output.records)} of {plan.num_tensors} tensors "
+                "are written; "
                 f"to continue, {resume_hint}"
             ) from None
         finally:
@@ -143,8 +147,8 @@ def _report(
     return MergeReport(
         out=out,
         method=plan.method.spec.name,
-        num_tensors=len(plan.jobs),
-        num_resumed=len(resumed),
+        num_tensors=plan.num_tensors,
+        num_resumed=pieces.num_done(plan, resumed),
         bytes_read=events.bytes["read"],
         bytes_written=events.bytes["write"],
         seconds=seconds,
@@ -181,21 +185,29 @@ def _run_lanes(
 ) -> None:
     plan, output = context.plan, context.output
     todo = [job for job in plan.jobs if job.name not in output.records]
-    for _ in output.records:
+    for _ in range(pieces.num_done(plan, output.records)):
         context.events.tensor_done()
     failures: list[BaseException] = []
     state: list[object] = [None]
-    lock = threading.Lock()
-    waiting = iter(todo)
+    groups = iter(_groups(context, todo))
+    lock, small = threading.Lock(), threading.Lock()
+    batch = Batch(output, context.events)
 
     def lane() -> None:
         try:
             while not context.stopping:
                 with lock:
-                    job = next(waiting, None)
-                if job is None:
+                    group = next(groups, None)
+                if group is None:
                     return
-                TensorRun(context, job, state=state[0]).run()
+                if not context.is_small(group[0]):
+                    TensorRun(context, group[0], state=state[0]).run()
+                    continue
+                with small, batch.flushed():
+                    for job in group:
+                        if context.stopping:
+                            break
+                        TensorRun(context, job, state=state[0], batch=batch).run()
         except Stopped:
             return
         except BaseException as error:
@@ -222,7 +234,7 @@ def _run_lanes(
     runner = threading.Thread(target=everything, name="pymerge-run")
     runner.start()
     shown = time.monotonic()
-    totals = (_bytes_to_read(context), sum(job.output_bytes for job in todo), len(plan.jobs))
+    totals = (_bytes_to_read(context), sum(job.output_bytes for job in todo), plan.num_tensors)
     try:
         while runner.is_alive():
             runner.join(0.05)
@@ -241,6 +253,22 @@ def _run_lanes(
         raise failures[0]
     if interrupted.is_set():
         raise InterruptedMerge("interrupted")
+
+
+def _groups(context: Context, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """The jobs in order, small ones that follow each other together."""
+    group: list[Job] = []
+    for job in jobs:
+        is_small = context.is_small(job)
+        if group and (not is_small or len(group) == GROUP):
+            yield group
+            group = []
+        if is_small:
+            group.append(job)
+        else:
+            yield [job]
+    if group:
+        yield group
 
 
 def _bytes_to_read(context: Context) -> int:

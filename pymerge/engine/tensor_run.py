@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pymerge import _C
 from pymerge.checkpoint import TensorEntry
+from pymerge.engine.batch import Batch
 from pymerge.engine.context import Context
 from pymerge.engine.gather import gather
 from pymerge.engine.loader import TileLoader
@@ -45,7 +46,15 @@ from pymerge.plan.model import job_converts
 class TensorRun:
     """One job in progress."""
 
-    def __init__(self, context: Context, job: Job, *, state: Any = None, may_stay: bool = True):
+    def __init__(
+        self,
+        context: Context,
+        job: Job,
+        *,
+        state: Any = None,
+        may_stay: bool = True,
+        batch: Batch | None = None,
+    ) -> None:
         self.context = context
         self.job = job
         self.tensor = job.tensor(context.ops, state)
@@ -54,6 +63,8 @@ class TensorRun:
         tiling = context.plan.tiling
         self._loader = TileLoader(context, job)
         self.num_tiles = self._loader.num_tiles
+        self._sink = context.output if batch is None else batch
+        self._submit = context.run_now if context.is_small(job) else context.submit
         looks = 0 if job.kind == "copy" else context.plan.method.looks(self.tensor)
         self.resident = may_stay and looks > 0 and tiling.is_resident(job)
         self._loaded: list[Tile | None] = [None] * self.num_tiles
@@ -164,10 +175,10 @@ class TensorRun:
     ) -> Future[Any]:
         """Start a look at one tile; waits here for its blocks."""
         if self.resident:
-            return self.context.submit(self._look_resident, index, run, models)
+            return self._submit(self._look_resident, index, run, models)
         inputs = self.job.inputs(models)
         blocks = self.context.acquire_tile(inputs.num_arrays)
-        return self.context.submit(self._look_streamed, index, run, inputs, blocks)
+        return self._submit(self._look_streamed, index, run, inputs, blocks)
 
     def _look_resident(
         self, index: int, run: Callable[[Tile], Any], models: tuple[int, ...] | None
@@ -203,15 +214,14 @@ class TensorRun:
         self._values, self._wholes = apply.values, apply.wholes
         if self.resident:
             return gather(
-                self.context.submit(self._apply_resident, index, apply)
-                for index in range(self.num_tiles)
+                self._submit(self._apply_resident, index, apply) for index in range(self.num_tiles)
             )
         inputs = self.job.inputs(apply.models)
         num_blocks = inputs.num_arrays + self.job.output_blocks
         return self._submit_all(self._apply_streamed, num_blocks, apply, inputs)
 
     def _submit_all(self, task: Callable[..., Any], num_blocks: int, *args: Any) -> list[Any]:
-        acquire, submit = self.context.acquire_tile, self.context.submit
+        acquire, submit = self.context.acquire_tile, self._submit
         return gather(
             submit(task, index, acquire(num_blocks), *args) for index in range(self.num_tiles)
         )
@@ -245,7 +255,7 @@ class TensorRun:
             crcs = tuple((_C.crc32c(row.view.ptr, row.num_bytes), row.num_bytes) for row in rows)
         with self.context.events.stage("write", job.name, sum(row.num_bytes for row in rows)):
             for row in rows:
-                self.context.output.write(row.place, row.first_byte, row.view.ptr, row.num_bytes)
+                self._sink.write(row.place, row.first_byte, row.view.ptr, row.num_bytes)
         return Written(crcs, *(found if isinstance(found, Applied) else (found,)))
 
     def _copy_tile(self, index: int, blocks: list[int]) -> Written:
@@ -263,7 +273,7 @@ class TensorRun:
                         View(address, code, num_bytes // entry.format.num_bytes)
                     )
             with self.context.events.stage("write", self.job.name, num_bytes):
-                self.context.output.write(self.job, first, address, num_bytes)
+                self._sink.write(self.job, first, address, num_bytes)
             return Written(((crc, num_bytes),), nonfinite)
         finally:
             self.context.release_tile(blocks)
@@ -296,8 +306,8 @@ class TensorRun:
             if part.is_whole
         }
         record = record_of(self.job, tiles, values, wholes, self._warnings)
-        self.context.output.finish(self.job, record)
-        self.context.events.tensor_done()
+        if self._sink.finish(self.job, record):
+            self.context.events.tensor_done()
 
     def _write_whole(self, part: Part, array: NDArray[np.generic]) -> int:
         """Write a part that the method made as a whole; returns the checksum."""
@@ -309,6 +319,6 @@ class TensorRun:
         if not data.nbytes:
             return 0
         with self.context.events.stage("write", self.job.name, data.nbytes):
-            self.context.output.write(part, 0, data.ctypes.data, data.nbytes)
+            self._sink.write(part, 0, data.ctypes.data, data.nbytes)
         crc: int = _C.crc32c(data.ctypes.data, data.nbytes)
         return crc

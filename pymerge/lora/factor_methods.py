@@ -54,7 +54,7 @@ def cat(updates: Sequence[Low]) -> Combined:
 
 def linear(updates: Sequence[Low]) -> Combined:
     """Sums of A and of B, each with the root of its factor: not the sum of the products."""
-    roots = _roots(updates)
+    roots = signed_roots(updates)
     a = sum(each.a.double() * root for each, (root, _) in zip(updates, roots, strict=True))
     b = sum(each.b.double() * root for each, (_, root) in zip(updates, roots, strict=True))
     return Combined(a, b)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def by_factor(
     density: float,
 ) -> Combined:
     """A rule for tensors on the factors A and on the factors B."""
-    roots = _roots(updates)
+    roots = signed_roots(updates)
     a = rule([each.a for each in updates], [root for root, _ in roots], density)
     return Combined(a, rule([each.b for each in updates], [root for _, root in roots], density))
 
@@ -189,7 +189,7 @@ def _trim(tensor: torch.Tensor, ratio: float) -> torch.Tensor:
     return torch.where(magnitudes >= least, tensor, torch.zeros_like(tensor))
 
 
-def _roots(updates: Sequence[Low]) -> list[tuple[float, float]]:
+def signed_roots(updates: Sequence[Low]) -> list[tuple[float, float]]:
     """What A and B are multiplied by: the roots of the factors, the sign on A."""
     roots = [math.sqrt(abs(each.factor)) for each in updates]
     return [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.checkpoint import Header, TensorEntry
+from pymerge.checkpoint import Header, TensorEntry, refuse_derived
 from pymerge.errors import CheckpointError, StorageError
 from pymerge.formats import BF16, F32, Format
 from pymerge.ops import axpy_n, convert, view
@@ -139,6 +139,7 @@ def _view(raw: Bytes, entry: TensorEntry) -> View:
 
 
 def _fill(entry: TensorEntry, first_byte: int, into: Bytes) -> None:
+    refuse_derived(entry)
     left = memoryview(into.data)
     try:
         with open(entry.file, "rb", buffering=0) as file:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pymerge.methods.parameters import by_name, preset
-from pymerge.methods.protocol import Measuring, Tensor
+from pymerge.methods.protocol import Measuring, Tensor, remembered
 from pymerge.methods.registry import method
 from pymerge.methods.sparsify import (
     KEEP_OPS,
@@ -181,7 +181,11 @@ def _trim(tensor: Tensor) -> Trimming:
         for share, pair in zip(tensor.each("density"), _ranks(tensor, n), strict=True)
     ]
     wanted = [reached for reached, _ in ranks] + [dropped for _, dropped in ranks]
-    trims = yield from trim_tensor(tensor, wanted, models=[*models, *models])
+    trims = yield from remembered(
+        tensor,
+        ("trim", tuple(wanted)),
+        lambda: trim_tensor(tensor, wanted, models=[*models, *models]),
+    )
     lower, upper = trims[: len(models)], trims[len(models) :]
     return [
         Keep(reached.threshold, reached.cutoff, dropped.threshold, dropped.cutoff)

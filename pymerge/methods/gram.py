@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pymerge.methods.protocol import SPAN, Measure, Tensor, Tile
+from pymerge.methods.protocol import SPAN, Measure, Tensor, Tile, remembered
 from pymerge.ops.view import View
 
 Doubles = NDArray[np.float64]
@@ -46,29 +46,37 @@ def task_vectors(tile: Tile) -> Inputs:
 
 
 def gram_of_tensor(tensor: Tensor, inputs: Callable[[Tile], Inputs]) -> GramMeasuring:
-    """float64 [num_inputs, num_inputs] over all elements of the tensor."""
+    """float64 [num_inputs, num_inputs] over all elements of the tensor; ``inputs`` depends on
+    nothing but its tile."""
 
     def look(tile: Tile) -> Doubles:
         base, models = inputs(tile)
         sums: Doubles = tensor.ops.gram_n(base, models, span=SPAN)
         return sums
 
-    tiles = yield Measure(look)
-    return square([exact_sum(column) for column in np.concatenate(tiles).T])
+    def measure() -> GramMeasuring:
+        tiles = yield Measure(look)
+        return square([exact_sum(column) for column in np.concatenate(tiles).T])
+
+    return remembered(tensor, ("gram", inputs), measure)
 
 
 def gram_of_columns(
     tensor: Tensor, inputs: Callable[[Tile], Inputs], num_pairs: int, columns: int
 ) -> GramMeasuring:
     """float64 [num_pairs, columns]: inner products down each column of rows of ``columns``."""
-    sums = np.zeros((num_pairs, columns))
 
-    def look(tile: Tile) -> None:
-        base, models = inputs(tile)
-        tensor.ops.gram_columns(base, models, sums, columns=columns)
+    def measure() -> GramMeasuring:
+        sums = np.zeros((num_pairs, columns))
 
-    yield Measure(look, ordered=True)
-    return sums
+        def look(tile: Tile) -> None:
+            base, models = inputs(tile)
+            tensor.ops.gram_columns(base, models, sums, columns=columns)
+
+        yield Measure(look, ordered=True)
+        return sums
+
+    return remembered(tensor, ("columns", inputs, columns), measure)
 
 
 def row_pieces(tile: Tile, columns: int) -> Iterator[tuple[int, Tile]]:

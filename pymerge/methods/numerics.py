@@ -7,6 +7,7 @@ of each of its methods, in ``methods/stepwise``.
 
 from __future__ import annotations
 
+import os
 from typing import Literal, get_args
 
 from pymerge.errors import RecipeError
@@ -15,6 +16,14 @@ from pymerge.methods.registry import get_method
 from pymerge.names import listed, shown
 
 Numerics = Literal["accurate", "mergekit"]
+
+
+def backend_in(numerics: Numerics, asked: str | None) -> str | None:
+    """The backend to ask for: mergekit's bits come from torch's operators on the host, whatever
+    else could run here."""
+    if asked is None and numerics == "mergekit" and not os.environ.get("PYMERGE_BACKEND"):
+        return "cpu"
+    return asked
 
 
 def method_in(name: str, numerics: Numerics) -> Method:

@@ -29,7 +29,7 @@ import numpy as np
 
 from pymerge.errors import PymergeError, RecipeError
 from pymerge.methods.parameters import LAMBDA, by_name
-from pymerge.methods.protocol import Apply, Measure, Measuring, Tensor, Tile
+from pymerge.methods.protocol import Apply, Measure, Measuring, Tensor, Tile, remembered
 from pymerge.methods.registry import method
 from pymerge.methods.spec import MethodSpec, ParameterSpec
 from pymerge.methods.trim import MODEL_KEY_OPS, model_keys
@@ -160,6 +160,11 @@ def pcb(tensor: Tensor) -> Measuring:
 
 def _limits(tensor: Tensor, total: int) -> Limiting:
     """The limits over ``total`` elements, with the parameters of ``tensor``."""
+    key = ("limits", total, *(tensor.parameters[name] for name in ("q", "ratio", "inter_mode")))
+    return remembered(tensor, key, lambda: _measure_limits(tensor, total))
+
+
+def _measure_limits(tensor: Tensor, total: int) -> Limiting:
     num, names = tensor.num_models, tensor.model_names
     if total == 0:
         zeros = [0.0] * num

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from pymerge.formats import F32, Format
 from pymerge.methods.spec import MethodSpec, ParameterValue
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pymerge.ops.workspace import Workspace
+
+Answer = TypeVar("Answer")
+Asked = TypeVar("Asked")
 
 
 class Tile(NamedTuple):
@@ -148,13 +151,15 @@ class Cost(NamedTuple):
     """What merging one matrix takes beside its tiles.
 
     ``num_bytes`` is the most that its matrices hold at once; the flops are those of products in
-    float32 and float64 and, as 9 n^3 each, of symmetric eigenproblems in float64.
+    float32 and float64 and, as 9 n^3 each, of symmetric eigenproblems in float64. Without
+    ``panels`` nothing is multiplied, so that no thread holds panels of rows.
     """
 
     num_bytes: int = 0
     flops32: float = 0.0
     flops64: float = 0.0
     eigen64: float = 0.0
+    panels: bool = True
 
 
 #: Of a tensor that is no matrix.
@@ -269,14 +274,16 @@ class Tensor:
 
     ``parameters`` are the shared ones, ``model_parameters`` those of each model in order (the base
     excluded where the method has one). ``model_numbers`` are the models' positions in the recipe,
-    which stay theirs where a tensor is merged without a model that lacks it. ``state`` is what the
+    which stay theirs where a tensor is merged without a model that lacks it. ``input_names`` are
+    the names that the base and the models have for the tensor. ``state`` is what the
     method's model-wide measurement returned. ``transposed`` says that the tensor is stored as
     [inputs, outputs]. ``statistics`` are each model's numbers beside it (rows seen, the norm of the
     whole), for a method that reads statistics. ``format`` is the output's,
     ``working`` the one that mergekit would compute in. ``siblings`` are the shapes of the tensors
     of the same module, this one among them, by the last parts of their names. ``workspace`` and
     ``store`` are there while the tensor is merged, not while a plan is made; then ``warn`` takes
-    sentences for the user about what was found in the tensor, which any thread may give.
+    sentences for the user about what was found in the tensor, which any thread may give. ``memory``
+    is there where the same inputs are merged again, see :func:`remembered`.
     """
 
     name: str
@@ -288,6 +295,7 @@ class Tensor:
     ops: OpSet
     model_names: Sequence[str] = ()
     model_numbers: Sequence[int] = ()
+    input_names: Sequence[str] = ()
     state: Any = None
     transposed: bool = False
     statistics: Sequence[float] = ()
@@ -296,6 +304,7 @@ class Tensor:
     siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     workspace: Workspace | None = None
     store: Store | None = None
+    memory: dict[Hashable, Any] | None = None
     warn: Callable[[str], None] = _unheard
 
     @property
@@ -394,3 +403,30 @@ def answer(questions: Generator[Any, Any, Any], measure: Callable[[Any], Any]) -
         reply = measure(question)
         # What it holds is free for the next one.
         del question
+
+
+#: Answers that are kept for one tensor; the oldest is forgotten.
+MEMORY_SIZE = 64
+
+
+def remembered(
+    tensor: Tensor,
+    key: Hashable,
+    questions: Callable[[], Generator[Asked, Any, Answer]],
+) -> Generator[Asked, Any, Answer]:
+    """What the generator ``questions()`` returns, which is asked once where the tensor has a
+    memory.
+
+    ``key`` holds everything beside the inputs that the answer depends on. What the generator
+    returns is small, and nobody changes it.
+    """
+    memory = tensor.memory
+    if memory is None:
+        return (yield from questions())
+    if key not in memory:
+        found = yield from questions()
+        if len(memory) >= MEMORY_SIZE:
+            del memory[next(iter(memory))]
+        memory[key] = found
+    answer: Answer = memory[key]
+    return answer

@@ -17,9 +17,10 @@ matrices of the layer's inputs are in memory at once, however many models there 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pymerge.errors import PymergeError
+from pymerge.errors import PymergeError, RecipeError
 from pymerge.methods.layout import LAYOUT
 from pymerge.methods.matrices import (
     FLOAT,
@@ -107,12 +108,23 @@ def _cost_of(tensor: Tensor) -> Cost:
     return matrix_cost(tensor, _cost) if tensor.statistics else NO_COST
 
 
+def check(tensors: Sequence[Tensor]) -> None:
+    """:raises RecipeError: every weight of a tensor with statistics is zero."""
+    for tensor in tensors:
+        if tensor.statistics and not any(tensor.each("weight")):
+            raise RecipeError(
+                f"regmean: every weight of tensor {tensor.name!r} is 0, so that no model's Gram "
+                "counts and nothing is least; give at least one model a weight above 0"
+            )
+
+
 @method(
     SPEC,
     ops=TILE_OPS,
     looks=lambda t: reads_of(t, totals=1, deltas=t.num_models) if t.statistics else 0.0,
     cost=_cost_of,
     reads="gram",
+    check=check,
 )
 def regmean(tensor: Tensor) -> Apply | Solving:
     """Sum the Grams and their products with each model's difference from the mean; one solve."""

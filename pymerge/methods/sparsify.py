@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pymerge.methods.gram import exact_sum
 from pymerge.methods.parameters import INT8_MASK, LAMBDA, WEIGHT, normalize, sum_or_one
-from pymerge.methods.protocol import SPAN, Apply, Measure, Tensor, Tile
+from pymerge.methods.protocol import SPAN, Apply, Measure, Tensor, Tile, remembered
 from pymerge.methods.spec import ParameterSpec
 from pymerge.ops.selection import ALL_DRAWS, Keep
 from pymerge.ops.view import Buffer, View
@@ -149,10 +149,14 @@ def l1_factors(tensor: Tensor, keeps: Sequence[Keep]) -> Factors:
     """The factor of each model that gives what is kept the magnitude of the whole, by one look."""
     if not tensor.num_elements:
         return None
-    spans = yield Measure(
-        lambda tile: tensor.ops.kept_sums(tile.base, tile.models, keeps, tile.start, span=SPAN)
-    )
-    return [l1_factor(before, after) for before, after, _ in totals(spans).tolist()]
+
+    def measure() -> Factors:
+        spans = yield Measure(
+            lambda tile: tensor.ops.kept_sums(tile.base, tile.models, keeps, tile.start, span=SPAN)
+        )
+        return [l1_factor(before, after) for before, after, _ in totals(spans).tolist()]
+
+    return (yield from remembered(tensor, ("l1", tuple(keeps)), measure))
 
 
 class RowRule(NamedTuple):
@@ -227,8 +231,11 @@ def l1_row_factors(tensor: Tensor, rules: Sequence[RowRule | None]) -> Factors:
             spans.append(np.stack([before, after], axis=-1))
         return np.concatenate(spans)
 
-    spans = yield Measure(look)
-    return [l1_factor(before, after) for before, after in totals(spans).tolist()]
+    def measure() -> Factors:
+        spans = yield Measure(look)
+        return [l1_factor(before, after) for before, after in totals(spans).tolist()]
+
+    return (yield from remembered(tensor, ("l1 of rows", tuple(rules)), measure))
 
 
 def _piece_size(tensor: Tensor) -> int:

@@ -40,7 +40,14 @@ from pymerge.methods.parameters import (
     normalize,
     preset,
 )
-from pymerge.methods.protocol import Measure, Measuring, ModelMeasuring, Tensor, Tile
+from pymerge.methods.protocol import (
+    Measure,
+    Measuring,
+    ModelMeasuring,
+    Tensor,
+    Tile,
+    remembered,
+)
 from pymerge.methods.registry import method
 from pymerge.methods.sparsify import KEEP_OPS, Combination, l1_factors, merge_kept, rescale
 from pymerge.methods.spec import MethodSpec, ParameterSpec, ParameterValue
@@ -202,10 +209,18 @@ def measure_model(tensors: Sequence[Tensor]) -> ModelMeasuring:
     _check_majority(tensors)
     total = sum(tensor.num_elements for tensor in tensors)
     if not _keeps_all_ties(tensors[0]):
-        quotas = yield from trim_model(tensors, [num_kept(d, total) for d in densities[0]])
+        quotas = yield from remembered(
+            tensors[0],
+            ("trim of the model", tuple(densities[0])),
+            lambda: trim_model(tensors, [num_kept(d, total) for d in densities[0]]),
+        )
         return WholeModel(quotas, _fixed_sign(tensors[0]))
-    thresholds = yield from _thresholds(
-        densities[0], total, lambda ranks, models: model_keys(tensors[0].ops, ranks, models)
+    thresholds = yield from remembered(
+        tensors[0],
+        ("thresholds of the model", tuple(densities[0])),
+        lambda: _thresholds(
+            densities[0], total, lambda ranks, models: model_keys(tensors[0].ops, ranks, models)
+        ),
     )
     sign = _fixed_sign(tensors[0])
     if _by_majority(tensors[0]) and total:
@@ -245,7 +260,10 @@ def _check_majority(tensors: Sequence[Tensor]) -> None:
 def ties(tensor: Tensor) -> Measuring:
     """Measure the trim thresholds, then one fused mask → sign → mean → add."""
     if _is_model_wide(tensor):
-        keeps = yield from locate_cutoffs(tensor, tensor.state.quotas[tensor.name])
+        quotas = tensor.state.quotas[tensor.name]
+        keeps = yield from remembered(
+            tensor, ("cutoffs", tuple(quotas)), lambda: locate_cutoffs(tensor, quotas)
+        )
     else:
         keeps = yield from _trim(tensor)
     factors = None
@@ -266,12 +284,19 @@ def ties(tensor: Tensor) -> Measuring:
 def _trim(tensor: Tensor) -> Trimming:
     n = tensor.num_elements
     densities = tensor.each("density")
-    if not _keeps_all_ties(tensor):
-        return (yield from trim_tensor(tensor, [num_kept(density, n) for density in densities]))
-    thresholds = yield from _thresholds(
-        densities, n, lambda ranks, models: tensor_keys(tensor, ranks, models=models)
-    )
-    return [Keep(key, n) for key in thresholds]
+
+    def of_index() -> Trimming:
+        return trim_tensor(tensor, [num_kept(density, n) for density in densities])
+
+    def of_all() -> Trimming:
+        thresholds = yield from _thresholds(
+            densities, n, lambda ranks, models: tensor_keys(tensor, ranks, models=models)
+        )
+        return [Keep(key, n) for key in thresholds]
+
+    keeps_all = _keeps_all_ties(tensor)
+    key = ("trim", keeps_all, tuple(densities))
+    return (yield from remembered(tensor, key, of_all if keeps_all else of_index))
 
 
 def _thresholds(

@@ -36,7 +36,7 @@ embeddings and output heads are no matrices unless ``exclude`` says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,8 @@ from pymerge.methods.parameters import LAMBDA, by_name, preset
 from pymerge.methods.protocol import Apply, Cost, Solve, Solving, Tensor
 from pymerge.methods.quadratic import Quadratic, direct_cost, iterative_cost
 from pymerge.methods.registry import method
-from pymerge.methods.spec import MethodSpec, ParameterSpec, ParameterValue
+from pymerge.methods.spec import PRESET, MethodSpec, ParameterSpec, ParameterValue
+from pymerge.names import listed
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,13 @@ PRESETS: Mapping[str, Mapping[str, ParameterValue]] = {
     "official_vit": {"layers": VIT_LAYERS, "others": "base"},
     "official_llm": {"lr": 2e-5},
     "fusionbench": {"steps": 400, "exclude": ""},
+}
+
+#: The parameters that each solver reads beside those of all.
+READS: Mapping[str, tuple[str, ...]] = {
+    "adam": ("steps", "lr"),
+    "spectral": ("time", "keep"),
+    "closed": ("ridge",),
 }
 
 STEPS = ParameterSpec("steps", "int", "shared", 300, "Steps of the descent.", minimum=0)
@@ -159,11 +167,28 @@ def _cost(tensor: Tensor) -> Cost:
     return matrix_cost(tensor, of_matrix)
 
 
+def _warnings(tensors: Sequence[Tensor]) -> list[str]:
+    """Values that the solver does not read, where they are not the defaults."""
+    found = {}
+    for tensor in tensors:
+        parameters = tensor.parameters
+        solver, named = str(parameters["solver"]), parameters[PRESET]
+        for name in ("steps", "lr", "time", "keep", "ridge"):
+            if name not in READS[solver] and parameters[name] != SPEC.default(name, named):
+                found[solver, name] = (
+                    f"wudi: solver: {solver} does not read {name}, so that "
+                    f"{name}: {parameters[name]} changes nothing; {solver} reads "
+                    f"{listed(READS[solver])}"
+                )
+    return list(found.values())
+
+
 @method(
     SPEC,
     ops=TILE_OPS,
     looks=lambda tensor: reads_of(tensor, totals=1, deltas=tensor.num_models),
     cost=_cost,
+    warnings=_warnings,
 )
 def wudi(tensor: Tensor) -> Apply | Solving:
     """Sum the task vectors, add up C and R model by model; the solver's point is the result."""

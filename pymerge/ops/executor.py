@@ -205,6 +205,26 @@ class DeviceExecutor:
         self._slots.clear()
 
 
+class ResidentExecutor(DeviceExecutor):
+    """The ops work on one device, on tensors that lie there already: nothing is copied."""
+
+    @contextmanager
+    def here(
+        self, inputs: Sequence[View], outputs: Sequence[View] = (), device: str | None = None
+    ) -> Iterator[Views]:
+        slot = self._take(device)
+        try:
+            with slot.stream:
+                self._here.slot = slot
+                try:
+                    yield inputs, outputs
+                finally:
+                    slot.stream.synchronize()
+        finally:
+            self._here.slot = None
+            self._give_back(slot)
+
+
 def make_executor(ops: OpSet, threads: int, pinned: tuple[int, int] | None = None) -> Executor:
     """The executor for the memory that the ops work on.
 
@@ -214,6 +234,25 @@ def make_executor(ops: OpSet, threads: int, pinned: tuple[int, int] | None = Non
         if device.memory_of(backend) == "device":
             return DeviceExecutor(ops, device.devices_for(backend), pinned)
     return HostExecutor(ops, threads)
+
+
+def make_resident_executor(ops: OpSet, torch_device: str) -> Executor:
+    """The executor for tensors in the memory of one device, by torch's name of it.
+
+    :raises BackendError: the ops do not work there.
+    """
+    for backend in dict.fromkeys(ops.backends.values()):
+        if device.memory_of(backend) == "device":
+            found = [d for d in device.devices_for(backend) if d.torch_name == torch_device]
+            if found:
+                return ResidentExecutor(ops, found)
+    reasons = {f"{name}: {why}" for each in ops.reasons.values() for name, why in each.items()}
+    raise BackendError(
+        f"the tensors are on {torch_device}, the ops of this merge run on "
+        f"{', '.join(sorted(set(ops.backends.values())))}"
+        f"{': ' + '; '.join(sorted(reasons)) if reasons else ''}; move the tensors to the CPU, or "
+        "install a backend for that device"
+    )
 
 
 def _num_bytes(view: View) -> int:

@@ -4,18 +4,20 @@ method has before anything is read."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pymerge.checkpoint import Checkpoint, Header, companion_files, skipped_files, update_of
 from pymerge.errors import PlanError
 from pymerge.methods.layout import unmatched
-from pymerge.methods.numerics import Numerics
+from pymerge.methods.numerics import Numerics, backend_in
 from pymerge.methods.protocol import Method
 from pymerge.methods.smile_outputs import SMILE_NAME
 from pymerge.methods.task_outputs import TASKS_NAME
 from pymerge.ops.opset import OpSet, choose_ops
+from pymerge.plan.experts import split_experts
 from pymerge.plan.memory import check_devices, cut_memory
+from pymerge.plan.merged import inner_ops
 from pymerge.plan.model import Job, Plan
 from pymerge.plan.placement import place
 
@@ -28,7 +30,9 @@ class Drafted:
     """What is to be merged: the jobs in the output's order, without their places.
 
     ``config(jobs)`` gives the output's configuration, None where it has none; the jobs that it gets
-    have their formats and sizes.
+    have their formats and sizes. ``weights_only`` tells that nothing is to stand beside the
+    weights. ``random_seed`` takes the place of the seed that the recipe gives a method with random
+    numbers.
     """
 
     recipe_text: str
@@ -42,6 +46,9 @@ class Drafted:
     warnings: Sequence[str] = ()
     dropped: tuple[str, ...] = ()
     statistics: Mapping[str, Header] = field(default_factory=dict)
+    random_seed: int | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    weights_only: bool = False
 
 
 def assemble(
@@ -62,14 +69,16 @@ def assemble(
     """
     method, checkpoints = drafted.method, drafted.checkpoints
     needed = (*method.ops, "convert", "count_nonfinite", *_update_ops(checkpoints.values()))
-    ops = choose_ops(dict.fromkeys(needed), asked=backend)
+    ops = choose_ops(dict.fromkeys(needed), asked=backend_in(drafted.numerics, backend))
     warnings = [*drafted.warnings]
     warnings += [sentence for opened in checkpoints.values() for sentence in opened.warnings]
-    jobs, shards, num_task_shards = place(drafted.jobs, method, ops, shard_bytes)
+    drafts = split_experts(_seeded(drafted), method, ops, drafted.numerics)
+    jobs, shards, num_task_shards = place(drafts, method, ops, shard_bytes)
     check_devices(jobs, set(ops.backends.values()))
     model_wide = any(job.kind == "merge" and method.model_wide(job.tensor(ops)) for job in jobs)
     warnings += _rehearse(method, jobs, ops, model_wide, strict)
-    warnings += _file_warnings(drafted.donor)
+    if not drafted.weights_only:
+        warnings += _file_warnings(drafted.donor)
     warnings += _beside_warnings(checkpoints.values())
     return Plan(
         recipe_text=drafted.recipe_text,
@@ -88,17 +97,31 @@ def assemble(
         dropped=drafted.dropped,
         num_task_shards=num_task_shards,
         statistics=drafted.statistics,
+        files=drafted.files,
     )
 
 
+def _seeded(drafted: Drafted) -> Sequence[Job]:
+    """The drafts with the seed that was given for all of them."""
+    seed = drafted.random_seed
+    if seed is None or "seed" not in drafted.method.spec.parameters:
+        return drafted.jobs
+    return [
+        replace(job, parameters={**job.parameters, "seed": seed}) if job.kind == "merge" else job
+        for job in drafted.jobs
+    ]
+
+
 def _update_ops(checkpoints: Iterable[Checkpoint]) -> tuple[str, ...]:
-    """The ops that adapters need when their tensors are read."""
-    updates = [update_of(entry) for opened in checkpoints for entry in opened.tensors.values()]
+    """The ops that adapters and other merges need when their tensors are read."""
+    entries = [entry for opened in checkpoints for entry in opened.tensors.values()]
+    inner = tuple(dict.fromkeys(op for entry in entries for op in inner_ops(entry)))
+    updates = [update_of(entry) for entry in entries]
     if not any(updates):
-        return ()
+        return inner
     if any(update is not None and update.magnitude is not None for update in updates):
-        return ("lora_add", "gram_n", "gram_columns")
-    return ("lora_add",)
+        return (*inner, "lora_add", "gram_n", "gram_columns")
+    return (*inner, "lora_add")
 
 
 def _rehearse(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pymerge.checkpoint import Checkpoint
 from pymerge.errors import PlanError
 from pymerge.methods.protocol import Method
+from pymerge.plan.merged import MergedTensor
 from pymerge.plan.model import Job
 from pymerge.plan.outline import Line
 from pymerge.recipe import ModelRef, Recipe
@@ -34,7 +35,9 @@ def collected(
     for ref in merged:
         if method.spec.base != "input" and ref in {part.base for part in recipe.slices}:
             continue
-        statistics = find_statistics(checkpoints[ref], method.reads)
+        opened = checkpoints[ref]
+        is_merged = any(isinstance(entry, MergedTensor) for entry in opened.tensors.values())
+        statistics = None if is_merged else find_statistics(opened, method.reads)
         if statistics is None:
             missing.append(str(ref))
         else:

@@ -95,7 +95,8 @@ def cut_memory(jobs: Sequence[Job], memory: int, threads: int, readers: int) -> 
 
 def _panel_bytes(jobs: Sequence[Job]) -> int:
     """What one thread holds of the panels of the longest matrix."""
-    return max(PANEL_BYTES * max(job.shape) for job in jobs if job.cost.num_bytes)
+    matrices = (job for job in jobs if job.cost.num_bytes and job.cost.panels)
+    return PANEL_BYTES * max((max(job.shape) for job in matrices), default=0)
 
 
 def _enough(fixed: int, tables: int) -> int:
@@ -127,7 +128,7 @@ def _matrix_bytes(
             f"{job.name!r} {list(job.shape)} take {format_size(sizes[0])} beside the "
             f"{format_size(rest)} of the program; give at least {(needed >> 20) + 1} MiB"
         )
-    workers = min(threads, (room - sizes[0]) // panels)
+    workers = min(threads, (room - sizes[0]) // panels) if panels else threads
     both = sum(sizes[:2]) + workers * panels
     return both if both <= room // 2 else sizes[0] + workers * panels, workers
 

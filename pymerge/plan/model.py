@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pymerge.checkpoint import (
     AdapterTensor,
@@ -56,26 +56,37 @@ class Part:
         return self.rows == 0
 
 
-class Inputs(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
+    """A job's place in a tensor that several jobs write: ``number`` of ``count`` equal parts along
+    the first dimension, in order."""
+
+    tensor: str
+    number: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Inputs:
     """What a look at a job's tiles reads: some of its tensors."""
 
     base: TensorEntry | None
     models: tuple[TensorEntry, ...]
     diagonals: tuple[TensorEntry, ...] = ()
 
-    @property
+    @cached_property
     def sources(self) -> tuple[TensorEntry, ...]:
         """Every tensor that is read, the base first, each once even if it is named twice."""
         entries = (*self._weights, *self.diagonals)
         return tuple({entry.key: entry for entry in entries}.values())
 
-    @property
+    @cached_property
     def updates(self) -> tuple[AdapterTensor, ...]:
         """The sources that an adapter's update is put on, in float32, each once."""
         found = (e for e in self._weights if isinstance(e, AdapterTensor) and e.update)
         return tuple(dict.fromkeys(found))
 
-    @property
+    @cached_property
     def num_arrays(self) -> int:
         """Arrays of a tile: what is read, what updates make of it, and what making a derived tensor
         takes."""
@@ -98,7 +109,8 @@ class Job:
     ``statistics`` are what was collected beside each model for it, or nothing, and
     ``statistic_numbers`` the number that goes with each. ``siblings`` are the shapes of its
     module's tensors. ``working`` is the format that the recipe computes in (``dtype``, else the
-    promotion of the inputs').
+    promotion of the inputs'). ``piece`` is the part of a tensor that it is, where it is not all of
+    one: then the name is that of the tensor with the number behind it.
     """
 
     name: str
@@ -122,12 +134,27 @@ class Job:
     statistic_numbers: tuple[float, ...] = ()
     siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     working: Format = F32
+    piece: Piece | None = None
+
+    @property
+    def tensor_name(self) -> str:
+        """The name of the tensor in the output."""
+        return self.name if self.piece is None else self.piece.tensor
+
+    @property
+    def is_later_piece(self) -> bool:
+        """Whether another job writes the beginning of its tensor."""
+        return self.piece is not None and self.piece.number > 0
 
     def inputs(self, models: tuple[int, ...] | None = None) -> Inputs:
         """What a look reads: everything, or the base and the models of these indices alone."""
         if models is None:
-            return Inputs(self.base, self.models, self.diagonals)
+            return self._everything
         return Inputs(self.base, tuple(self.models[index] for index in models))
+
+    @cached_property
+    def _everything(self) -> Inputs:
+        return Inputs(self.base, self.models, self.diagonals)
 
     @cached_property
     def sources(self) -> tuple[TensorEntry, ...]:
@@ -165,7 +192,7 @@ class Job:
                 total += entry.num_bytes if entry.update.magnitude is not None else 0
         return total
 
-    @property
+    @cached_property
     def input_bytes(self) -> int:
         """Bytes of all arrays of the job's inputs."""
         arrays = sum(entry.num_bytes for entry in self.sources)
@@ -184,7 +211,7 @@ class Job:
     def output_bytes(self) -> int:
         return self.num_bytes + sum(part.num_bytes for part in self.parts)
 
-    @property
+    @cached_property
     def output_blocks(self) -> int:
         """Blocks that hold the outputs of one tile: one for the tensor, others for its parts."""
         return 1 + sum(-(-part.rows // self.rows_of_block(part)) for part in self.parts)
@@ -193,7 +220,7 @@ class Job:
         """How many rows of a part one block holds."""
         return 8 * self.element_bytes // part.bits
 
-    @property
+    @cached_property
     def element_bytes(self) -> int:
         """Bytes of one element of the widest array that the job holds (bits of sub-byte formats
         are rounded up: such tensors are copied whole bytes at a time)."""
@@ -219,6 +246,9 @@ class Job:
             ops=ops,
             model_names=self.model_names,
             model_numbers=self.model_numbers,
+            input_names=tuple(
+                entry.name for entry in (self.base, *self.models) if entry is not None
+            ),
             state=state,
             transposed=self.transposed,
             statistics=self.statistic_numbers,
@@ -327,12 +357,27 @@ class Plan:
     dropped: tuple[str, ...] = field(default=())
     num_task_shards: int = 0
     statistics: Mapping[str, Header] = field(default_factory=dict)
+    #: Files beside the weights that are not as in a donor's folder, by name.
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def headers(self) -> tuple[Header, ...]:
         """The files that are read, those of statistics among them, each once."""
         found = {h.path: h for c in self.checkpoints.values() for h in c.headers}
         return tuple({**found, **{h.path: h for h in self.statistics.values()}}.values())
+
+    @cached_property
+    def jobs_of_tensors(self) -> dict[str, tuple[Job, ...]]:
+        """The jobs of each output tensor, in order: one, or its pieces."""
+        found: dict[str, list[Job]] = {}
+        for job in self.jobs:
+            found.setdefault(job.tensor_name, []).append(job)
+        return {name: tuple(jobs) for name, jobs in found.items()}
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors of the output."""
+        return len(self.jobs_of_tensors)
 
     @property
     def model_shards(self) -> tuple[ShardLayout, ...]:

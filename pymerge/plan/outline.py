@@ -2,7 +2,7 @@
 
 The output has every tensor that the donor has, in the donor's order: names come from the
 checkpoints, not from a list of known architectures. With ``slices`` the layers are those the slices
-name, numbered anew.
+name, numbered anew. Tensors of modules that a recipe with modules does not name are the donor's.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pymerge.checkpoint import Checkpoint, TensorEntry, is_head
-from pymerge.errors import PlanError
-from pymerge.plan.layers import LayerStack, embedding_of, is_before_layers
+from pymerge.plan.layers import (
+    LayerStack,
+    embedding_of,
+    find_stacks,
+    is_before_layers,
+    layer_prefix,
+)
+from pymerge.plan.modules import Part, Parts, Role, role_of
 from pymerge.recipe import ModelRef, OutputSlice, Recipe, SliceSource, position
 
 
@@ -30,6 +36,7 @@ class Line:
     """One output tensor: its inputs in the order of the slice, and its position in gradients.
 
     ``pattern`` is the tensor as the slice's first donor has it: it fixes shape and default format.
+    Without inputs it is copied.
     """
 
     name: str
@@ -40,17 +47,28 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Rebuilt:
+    """A layer stack that slices rebuilt: the donor-side layer of each output layer.
+
+    ``role`` is the part of the model that it belongs to, None for that of the whole model;
+    ``num_before`` is how many layers the donor has.
+    """
+
+    role: Role | None
+    num_before: int
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Outline:
     """The lines in output order, and what follows for the configuration.
 
-    ``layer_sources`` is the donor-side layer of each output layer where slices rebuilt them, else
-    None. ``untied`` says that the output has a head of its own, which is not its embedding.
-    ``dropped`` names tensors that inputs have and the output has not.
+    ``untied`` says that the output has a head of its own, which is not its embedding. ``dropped``
+    names tensors that inputs have and the output has not.
     """
 
     lines: tuple[Line, ...]
-    num_layers: int | None
-    layer_sources: tuple[int, ...] | None
+    rebuilt: tuple[Rebuilt, ...]
     untied: bool
     dropped: tuple[str, ...]
 
@@ -59,55 +77,55 @@ class _Outliner:
     def __init__(
         self,
         recipe: Recipe,
-        slices: Sequence[OutputSlice],
         checkpoints: Mapping[ModelRef, Checkpoint],
-        stacks: Mapping[ModelRef, LayerStack | None],
     ) -> None:
         self.recipe = recipe
-        self.slices = slices
         self.checkpoints = checkpoints
-        self.stacks = stacks
+        self.donor = checkpoints[recipe.donor]
+        self.parts = Parts(recipe, checkpoints)
+        self.all_stacks = find_stacks(self.donor.tensors)
 
     def outline(self) -> Outline:
-        donor = self.checkpoints[self.recipe.donor]
-        stack = self.stacks[self.recipe.donor]
         lines: list[Line] = []
-        layers_done = False
-        for name in donor.tensors:
+        done: set[Part] = set()
+        for name, entry in self.donor.tensors.items():
+            whole = self.parts.owner(name)
+            if whole is None:
+                lines.append(Line(name, entry, self.parts.parts[0].slices[0], (), 0.0))
+                continue
+            stack = whole.stacks[self.recipe.donor]
             if stack is not None and stack.split(name) is not None:
-                if not layers_done:
-                    lines += self._layers(stack)
-                    layers_done = True
+                if whole not in done:
+                    lines += self._layers(whole, stack)
+                    done.add(whole)
             else:
-                line = self._outside(name)
+                line = self._outside(whole, name)
                 if line is not None:
                     lines.append(line)
-        head = self._separate_head(donor)
+        head = self._separate_head()
         if head is not None:
             lines.append(head)
-        rebuilt = not self.recipe.whole_models and stack is not None
-        sources = self._layer_sources() if rebuilt else None
+        rebuilt = [self._rebuilt(whole) for whole in self.parts.parts]
         return Outline(
             tuple(lines),
-            None if sources is None else len(sources),
-            sources,
+            tuple(each for each in rebuilt if each is not None),
             self._is_untied(lines),
             self._dropped(lines),
         )
 
-    def _layers(self, stack: LayerStack) -> list[Line]:
-        """The layers of all slices, numbered consecutively."""
+    def _layers(self, whole: Part, stack: LayerStack) -> list[Line]:
+        """The layers of all slices of a module, numbered consecutively."""
         lines = []
         number = 0
-        for part in self.slices:
+        for part in whole.slices:
             count = part.num_layers or 0
             pattern = self._pattern_source(part)
-            inside = _by_layer(self.checkpoints[pattern.model], self.stacks[pattern.model])
+            inside = _by_layer(self.checkpoints[pattern.model], whole.stacks[pattern.model])
             for layer in range(count):
                 t = position(layer, count)
                 for rest, entry in inside.get(pattern.start + layer, {}).items():
                     inputs = tuple(
-                        self._input(source, self._layer_name(source, layer, rest))
+                        self._input(source, _layer_name(whole, source, layer, rest))
                         for source in part.sources
                     )
                     name = stack.join(number + layer, rest)
@@ -115,19 +133,21 @@ class _Outliner:
             number += count
         return lines
 
-    def _layer_name(self, source: SliceSource, layer: int, rest: str) -> str:
-        stack = self.stacks[source.model]
-        prefix = stack if stack is not None else LayerStack("", 0)
-        return prefix.join(source.start + layer, rest)
-
-    def _outside(self, name: str) -> Line | None:
-        """A tensor outside the layers: of the first slice before them, of the last after them."""
-        part = self.slices[0] if is_before_layers(name) else self.slices[-1]
+    def _outside(self, whole: Part, name: str) -> Line | None:
+        """A tensor outside the module's layers: of the first slice before them, of the last after
+        them. Whole models may have further layers, which have gradients of their own."""
+        part = whole.slices[0] if is_before_layers(name) else whole.slices[-1]
+        t = self._position(name) if whole.module.whole_models else 0.0
         inputs = tuple(self._input(source, name) for source in part.sources)
         pattern = self._pattern_source(part)
         entry = next((i.entry for i in inputs if i.source.model == pattern.model), None)
-        entry = entry or self.checkpoints[self.recipe.donor].tensors.get(name)
-        return None if entry is None else Line(name, entry, part, inputs, 0.0)
+        entry = entry or self.donor.tensors.get(name)
+        return None if entry is None else Line(name, entry, part, inputs, t)
+
+    def _position(self, name: str) -> float:
+        stack = self.all_stacks.get(layer_prefix(name) or "")
+        found = None if stack is None else stack.split(name)
+        return 0.0 if stack is None or found is None else position(found[0], stack.num_layers)
 
     def _pattern_source(self, part: OutputSlice) -> SliceSource:
         """The source whose tensor names a slice follows: the donor's where it takes part."""
@@ -144,8 +164,9 @@ class _Outliner:
             entry = embedding_of(checkpoint) or entry
         return Input(source, name, entry)
 
-    def _separate_head(self, donor: Checkpoint) -> Line | None:
+    def _separate_head(self) -> Line | None:
         """An output head for a donor that ties it, where any other model has one of its own."""
+        donor = self.donor
         if any(is_head(name) for name in donor.tensors) or not donor.tied_embeddings:
             return None
         own = (
@@ -156,9 +177,10 @@ class _Outliner:
             if is_head(name)
         )
         name = next(own, None)
-        if name is None:
+        whole = None if name is None else self.parts.owner(name)
+        if name is None or whole is None:
             return None
-        part = self.slices[-1]
+        part = whole.slices[-1]
         inputs = tuple(self._input(source, name) for source in part.sources)
         pattern = next((i.entry for i in inputs if i.entry is not None), None)
         return None if pattern is None else Line(name, pattern, part, inputs, 0.0)
@@ -177,12 +199,16 @@ class _Outliner:
                     return True
         return False
 
-    def _layer_sources(self) -> tuple[int, ...]:
+    def _rebuilt(self, whole: Part) -> Rebuilt | None:
+        stack = whole.stacks[self.recipe.donor]
+        if whole.module.whole_models or stack is None:
+            return None
         layers: list[int] = []
-        for part in self.slices:
+        for part in whole.slices:
             source = self._pattern_source(part)
             layers += range(source.start, source.start + (part.num_layers or 0))
-        return tuple(layers)
+        role = None if whole.module.name is None else role_of(stack.prefix)
+        return Rebuilt(role, stack.num_layers, tuple(layers))
 
     def _dropped(self, lines: Sequence[Line]) -> tuple[str, ...]:
         """Tensors that only other models have: they have no place in the donor's architecture."""
@@ -191,20 +217,29 @@ class _Outliner:
         return tuple(
             dict.fromkeys(
                 f"{source.model}: {name}"
-                for part in self.slices
+                for whole in self.parts.parts
+                for part in whole.slices
                 for source in part.sources
                 for name in self.checkpoints[source.model].tensors
-                if (source.model, name) not in used and self._takes_part(source, name, written)
+                if (source.model, name) not in used
+                and self.parts.owner(name) is whole
+                and _takes_part(whole, source, name, written)
             )
         )
 
-    def _takes_part(self, source: SliceSource, name: str, written: set[str]) -> bool:
-        """Whether a tensor that was not used is among what its model was named for."""
-        stack = self.stacks[source.model]
-        layer = None if stack is None else stack.split(name)
-        if layer is None:
-            return name not in written  # another slice may give it
-        return source.stop is not None and source.start <= layer[0] < source.stop
+
+def _layer_name(whole: Part, source: SliceSource, layer: int, rest: str) -> str:
+    stack = whole.stacks[source.model] or LayerStack("", 0)
+    return stack.join(source.start + layer, rest)
+
+
+def _takes_part(whole: Part, source: SliceSource, name: str, written: set[str]) -> bool:
+    """Whether a tensor that was not used is among what its model was named for."""
+    stack = whole.stacks[source.model]
+    layer = None if stack is None else stack.split(name)
+    if layer is None:
+        return name not in written  # another slice may give it
+    return source.stop is not None and source.start <= layer[0] < source.stop
 
 
 def _by_layer(
@@ -219,20 +254,9 @@ def _by_layer(
     return layers
 
 
-def make_outline(
-    recipe: Recipe,
-    slices: Sequence[OutputSlice],
-    checkpoints: Mapping[ModelRef, Checkpoint],
-    stacks: Mapping[ModelRef, LayerStack | None],
-) -> Outline:
+def make_outline(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> Outline:
     """The output's tensors and their sources.
 
-    :raises PlanError: a recipe with slices over models without numbered layers.
+    :raises PlanError: the models have not the modules or the layers that the recipe names.
     """
-    if not recipe.whole_models and stacks[recipe.donor] is None:
-        raise PlanError(
-            f"the recipe names slices of layers, but no tensor of {recipe.donor} has a "
-            "layer number in its "
-            "name; use models instead of slices"
-        )
-    return _Outliner(recipe, slices, checkpoints, stacks).outline()
+    return _Outliner(recipe, checkpoints).outline()

@@ -29,7 +29,7 @@ def place(drafts: Sequence[Job], method: Method, ops: OpSet, shard_bytes: int) -
 
     :raises PlanError: there is nothing to write, or a header would be too long.
     """
-    models = plan_shards([OutputTensor(d.name, d.format, d.shape) for d in drafts], shard_bytes)
+    models = plan_shards([_output(d) for d in drafts if not d.is_later_piece], shard_bytes)
     modules = _modules(drafts)
     drafts = [replace(draft, siblings=modules[draft.name.rpartition(".")[0]]) for draft in drafts]
     drafts = [
@@ -45,7 +45,10 @@ def place(drafts: Sequence[Job], method: Method, ops: OpSet, shard_bytes: int) -
     of_models, of_tasks = _places(models, 0), _places(tasks, len(models))
     jobs = []
     for draft in drafts:
-        shard, offset, num_bytes = of_models[draft.name]
+        shard, offset, num_bytes = of_models[draft.tensor_name]
+        if draft.piece is not None:
+            num_bytes //= draft.piece.count
+            offset += draft.piece.number * num_bytes
         parts = []
         for part in draft.parts:
             place = of_tasks[part.name]
@@ -61,6 +64,12 @@ def place(drafts: Sequence[Job], method: Method, ops: OpSet, shard_bytes: int) -
             )
         )
     return Placed(tuple(jobs), (*models, *tasks), len(tasks))
+
+
+def _output(draft: Job) -> OutputTensor:
+    """The tensor that a draft writes, or its first piece begins."""
+    shape = draft.shape if draft.piece is None else (draft.piece.count, *draft.shape)
+    return OutputTensor(draft.tensor_name, draft.format, shape)
 
 
 def _places(shards: Sequence[ShardLayout], first: int) -> dict[str, tuple[int, int, int]]:

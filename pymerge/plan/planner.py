@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from pymerge.checkpoint import (
     Checkpoint,
     TensorEntry,
+    laid_out_like,
     nominal_format,
     open_checkpoint,
     output_config,
-    tokenizer_files,
+    set_part_layers,
     update_of,
+    with_adapter,
 )
+from pymerge.checkpoint.vocabulary import is_vocabulary
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.formats import Format, promote
 from pymerge.methods.numerics import Numerics, method_in
 from pymerge.methods.protocol import Method
 from pymerge.plan.assemble import SHARD_BYTES, Drafted, assemble
 from pymerge.plan.collected import collected, with_statistics
-from pymerge.plan.layers import find_stack, is_transposed
+from pymerge.plan.layers import is_transposed
 from pymerge.plan.model import Job, Plan
 from pymerge.plan.outline import Input, Line, Outline, make_outline
-from pymerge.recipe import ModelRef, Recipe, expand, parameters_for, unmatched_filters
+from pymerge.plan.tokenizers import (
+    OutputTokenizer,
+    check_files,
+    output_tokenizer,
+    resized,
+    truncated,
+)
+from pymerge.recipe import ModelRef, Recipe, parameters_for, unmatched_filters
+from pymerge.sizes import counted
 
 
 def make_plan(
@@ -38,34 +51,52 @@ def make_plan(
     allow_missing: bool = False,
     strict: bool = False,
     numerics: Numerics = "accurate",
+    random_seed: int | None = None,
+    opened: Mapping[str, Checkpoint] = MappingProxyType({}),
+    truncate_embeddings: bool = False,
 ) -> Plan:
     """Open the checkpoints' headers and decide everything.
 
     :param memory: bytes for the whole process.
     :param allow_missing: leave a model out of a tensor's merge where it has no such tensor.
+    :param truncate_embeddings: of vocabularies with different sizes merge the rows that all have.
+    :param random_seed: the seed of random methods, instead of the recipe's.
+    :param opened: models by the name that the recipe gives them, which are not opened again.
     :raises CheckpointError: an input is not a valid checkpoint.
     :raises PlanError: recipe and checkpoints do not fit together, or not into the memory.
     """
     checkpoints = {
-        ref: _open(recipe, ref, allow_pickle)
+        ref: _open(recipe, ref, allow_pickle, opened)
         for ref in dict.fromkeys((*recipe.models, recipe.tokenizer_donor))
     }
-    stacks = {ref: find_stack(checkpoint) for ref, checkpoint in checkpoints.items()}
-    counts = {ref: stack.num_layers if stack else None for ref, stack in stacks.items()}
-    slices = expand(recipe, counts)
-    outline = make_outline(recipe, slices, checkpoints, stacks)
+    donor = checkpoints[recipe.donor]
+    checkpoints |= {ref: laid_out_like(checkpoints[ref], donor) for ref in recipe.models}
+    outline = make_outline(recipe, checkpoints)
     if not outline.lines:
         raise PlanError(f"{recipe.donor} has no tensors; there is nothing to merge")
     method = method_in(recipe.method, numerics)
     warnings = [*recipe.warnings, *_filter_warnings(recipe, checkpoints, outline, strict)]
+    check_files(recipe, checkpoints)
+    tokenizer = output_tokenizer(recipe, checkpoints, numerics)
+    outline = replace(outline, lines=tokenizer.align(outline.lines))
+    if truncate_embeddings and recipe.tokenizer is None:
+        outline = replace(outline, lines=truncated(outline.lines, warnings))
+    warnings += tokenizer.warnings
     statistics = collected(method, recipe, checkpoints)
     config = checkpoints[recipe.donor].config
     drafts = [
         with_statistics(
-            _draft(recipe, method, line, config, allow_missing, warnings), line, statistics
+            draft_job(recipe, method, line, config, allow_missing, warnings), line, statistics
         )
         for line in outline.lines
     ]
+    copied = [line.name for line in outline.lines if not line.inputs]
+    if copied:
+        first = ", ".join(copied[:3])
+        warnings.append(
+            f"{counted(len(copied), 'tensor')} of no module that the recipe names, copied from "
+            f"{recipe.donor}: {first}{', …' if len(copied) > 3 else ''}"
+        )
     if outline.dropped:
         first = ", ".join(outline.dropped[:5])
         warnings.append(
@@ -73,7 +104,6 @@ def make_plan(
             f"{recipe.donor} and "
             f"are left out: {first}{', …' if len(outline.dropped) > 5 else ''}"
         )
-    _check_tokenizer(recipe, checkpoints)
     drafted = Drafted(
         recipe_text=recipe.text,
         method=method,
@@ -82,10 +112,12 @@ def make_plan(
         donor=checkpoints[recipe.donor],
         tokenizer_donor=checkpoints[recipe.tokenizer_donor],
         jobs=drafts,
-        config=partial(_config, recipe.donor, checkpoints[recipe.donor], outline),
+        config=partial(_config, recipe.donor, checkpoints[recipe.donor], outline, tokenizer),
         warnings=warnings,
         dropped=outline.dropped,
         statistics={str(ref): found.header for ref, found in statistics.items()},
+        random_seed=random_seed,
+        files=tokenizer.files,
     )
     return assemble(
         drafted,
@@ -98,9 +130,13 @@ def make_plan(
     )
 
 
-def _open(recipe: Recipe, ref: ModelRef, allow_pickle: bool) -> Checkpoint:
+def _open(
+    recipe: Recipe, ref: ModelRef, allow_pickle: bool, opened: Mapping[str, Checkpoint]
+) -> Checkpoint:
     """Open one model; what is wrong with it is said with the place that names it."""
     try:
+        if ref.path in opened and ref.revision is None:
+            return with_adapter(opened[ref.path], ref.adapter, allow_pickle=allow_pickle)
         return open_checkpoint(ref.model, adapter=ref.adapter, allow_pickle=allow_pickle)
     except CheckpointError as error:
         places = [s.place for part in recipe.slices for s in part.sources if s.model == ref]
@@ -108,17 +144,7 @@ def _open(recipe: Recipe, ref: ModelRef, allow_pickle: bool) -> Checkpoint:
         raise CheckpointError(f"{place}: {error}") from error
 
 
-def _check_tokenizer(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
-    chosen = recipe.tokenizer_source
-    if chosen is not None and not tokenizer_files(checkpoints[chosen]):
-        raise PlanError(
-            f"tokenizer_source: {chosen} has no tokenizer files; name a model that has "
-            "them, or leave "
-            "the key out to take those of the base"
-        )
-
-
-def _draft(
+def draft_job(
     recipe: Recipe,
     method: Method,
     line: Line,
@@ -127,6 +153,9 @@ def _draft(
     warnings: list[str],
 ) -> Job:
     """The job of one line, without its place."""
+    if not line.inputs:
+        format = _output_format(recipe, line, [line.pattern])
+        return _copy(line, line.pattern, format, str(recipe.donor))
     inputs = _present(recipe, line, allow_missing, warnings)
     _check_shapes(line, inputs)
     _check_kinds(line, inputs)
@@ -156,7 +185,10 @@ def _draft(
     if not models and base is not None and base.entry is not None:
         return _copy(line, base.entry, format, str(base.source.model))
     _check_count(method, line, len(models))
-    if method.spec.name == "passthrough" and values[0]["scale"] == 1.0:
+    working = recipe.dtype or promote({nominal_format(entry) for entry in entries})
+    # A format in between rounds, too.
+    straight = working in (nominal_format(entries[0]), format)
+    if method.spec.name == "passthrough" and values[0]["scale"] == 1.0 and straight:
         return _copy(line, entries[0], format, str(models[0].source.model))
     _check_writable(line, format)
     return Job(
@@ -174,7 +206,7 @@ def _draft(
         num_bytes=0,
         model_numbers=tuple(_number(line, i) for i in models),
         transposed=is_transposed(config, line.name),
-        working=recipe.dtype or promote({nominal_format(entry) for entry in entries}),
+        working=working,
     )
 
 
@@ -222,16 +254,17 @@ def _check_shapes(line: Line, inputs: list[Input]) -> None:
     for i in inputs:
         if i.entry is not None and i.entry.shape != line.pattern.shape:
             expected, found = list(line.pattern.shape), list(i.entry.shape)
+            differ = is_vocabulary(line.name) and expected[1:] == found[1:]
             hint = (
-                " (vocabularies differ: models with different tokenizers cannot be merged "
-                "in this version)"
-                if len(expected) == 2 == len(found) and expected[1] == found[1]
-                else ""
+                "; the models have different tokenizers: give tokenizer_source: base or union, "
+                "which puts the rows of every model in one order, or where the tokens have the "
+                "same ids --unsafe-truncate-embeddings, which merges the rows that all have"
+                if differ
+                else "; leave the model out or choose models of one shape"
             )
             raise PlanError(
                 f"tensor {i.name!r} of {i.source.model} has shape {found}, expected {expected} as "
-                f"{line.pattern.name!r} in the donor{hint}; leave the model out or choose "
-                "models of one shape"
+                f"{line.pattern.name!r} in the donor{hint}"
             )
 
 
@@ -293,7 +326,11 @@ def _filter_warnings(
 
 
 def _config(
-    donor: ModelRef, checkpoint: Checkpoint, outline: Outline, jobs: Sequence[Job]
+    donor: ModelRef,
+    checkpoint: Checkpoint,
+    outline: Outline,
+    tokenizer: OutputTokenizer,
+    jobs: Sequence[Job],
 ) -> dict[str, object] | None:
     if checkpoint.config is None:
         return None
@@ -302,13 +339,17 @@ def _config(
         if job.format.torch_name is not None:
             name = job.format.torch_name
             written[name] = written.get(name, 0) + job.num_bytes
+    text = next((each for each in outline.rebuilt if each.role in (None, "text")), None)
     config = output_config(
         checkpoint.config,
         formats=written,
-        num_layers=outline.num_layers,
-        layer_sources=outline.layer_sources,
+        num_layers=None if text is None else len(text.sources),
+        layer_sources=None if text is None else text.sources,
         tied=False if outline.untied else None,
     )
+    for each in outline.rebuilt:
+        if each is not text and each.role is not None:
+            set_part_layers(config, each.role, each.num_before, each.sources)
     if donor.override_architecture is not None:
         config["architectures"] = [donor.override_architecture]
-    return config
+    return tokenizer.fit_config(resized(config, outline.lines, checkpoint))

@@ -15,10 +15,19 @@ from pymerge.errors import RecipeError
 from pymerge.methods.spec import MethodSpec
 from pymerge.names import listed, nearest, shown
 from pymerge.recipe.findings import Findings, path_text
+from pymerge.recipe.model_document import ModelDocument
 from pymerge.recipe.names import MERGEKIT_METHODS, MERGEKIT_PARAMETERS, WITHOUT_EFFECT
-from pymerge.recipe.recipe import Recipe, RecipeSlice, RecipeSource, Settings
+from pymerge.recipe.recipe import Recipe, RecipeModule, RecipeSlice, RecipeSource, Settings
 from pymerge.recipe.reference import ModelRef
-from pymerge.recipe.schema import ModelDocument, RecipeDocument, SliceDocument, home_of, validate
+from pymerge.recipe.schema import (
+    EntryDocument,
+    ModuleDocument,
+    RecipeDocument,
+    SliceDocument,
+    home_of,
+    validate,
+)
+from pymerge.recipe.tokenizer import TokenizerChoice, TokenRule
 from pymerge.recipe.values import Setting, compile_setting
 from pymerge.recipe.yaml_tree import MAX_DEPTH, MAX_INT, Node, parse_yaml
 from pymerge.recipe.yaml_tree import Path as DocumentPath
@@ -156,40 +165,88 @@ class _Builder:
 
     def build(self, text: str) -> Recipe:
         document = self._document
-        slices = (
-            (self._whole_models(),)
-            if document.models
-            else tuple(self._slice(each, i) for i, each in enumerate(document.slices or ()))
-        )
+        if document.modules:
+            modules = tuple(self._module(name, each) for name, each in document.modules.items())
+        else:
+            modules = (self._module(None, document),)
         return Recipe(
             spec=self._spec,
-            slices=slices,
-            whole_models=bool(document.models),
+            modules=modules,
             base_model=_reference(document.base_model),
             settings=self._settings(document.parameters, ("parameters",)),
             dtype=document.format,
             out_dtype=document.out_format,
-            tokenizer_source=_reference(document.tokenizer_model),
+            tokenizer=self._tokenizer(modules),
+            chat_template=document.chat_template,
             text=text,
             warnings=tuple(self._findings.warnings),
         )
 
-    def _whole_models(self) -> RecipeSlice:
+    def _tokenizer(self, modules: Sequence[RecipeModule]) -> TokenizerChoice | None:
+        document = self._document.tokenizer
+        if document is None:
+            source = self._document.tokenizer_source
+            if source is None:
+                return None
+            place = self._findings.place(("tokenizer_source",))
+            return TokenizerChoice(_chosen(source), place=place)
+        merged = {s.model for module in modules for part in module.slices for s in part.sources}
+        if self._document.base_model is not None:
+            merged.add(self._document.base_model.reference)
+        rules = []
+        for token, entry in (document.tokens or {}).items():
+            path: DocumentPath = ("tokenizer", "tokens", token)
+            model = None if entry.source is None else entry.source.model
+            if model is not None and model not in merged:
+                self._findings.error(
+                    (*path, "source"),
+                    f"the model {model} is none of those that are merged "
+                    f"({listed(map(str, merged))}); rows of the embeddings come from these",
+                )
+            rules.append(TokenRule(token, entry.source, entry.force, self._findings.place(path)))
+        return TokenizerChoice(
+            _chosen(document.source),
+            tuple(rules),
+            document.pad_to_multiple_of,
+            self._findings.place(("tokenizer",)),
+        )
+
+    def _module(self, name: str | None, document: RecipeDocument | ModuleDocument) -> RecipeModule:
+        path: DocumentPath = () if name is None else ("modules", name)
+        slices = (
+            (self._whole_models(document.models, (*path, "models")),)
+            if document.models
+            else tuple(
+                self._slice(each, (*path, "slices", i))
+                for i, each in enumerate(document.slices or ())
+            )
+        )
+        settings = (
+            {}  # the top level's are the recipe's own
+            if name is None
+            else self._settings(document.parameters, (*path, "parameters"))
+        )
+        return RecipeModule(
+            name, slices, bool(document.models), settings, self._findings.place(path)
+        )
+
+    def _whole_models(
+        self, entries: Sequence[EntryDocument], entries_path: DocumentPath
+    ) -> RecipeSlice:
         base = _reference(self._document.base_model)
         delta_base = None if self._spec.base == "input" else base
         sources = []
-        for index, entry in enumerate(self._document.models or ()):
-            path: DocumentPath = ("models", index)
+        for index, entry in enumerate(entries):
+            path = (*entries_path, index)
             model = entry.model.reference
             sources.append(self._source(model, None, entry.parameters, path, delta_base))
         if base is not None and all(source.model != base for source in sources):
             place = self._findings.place(("base_model",))
             sources.append(RecipeSource(base, None, {}, place, appended=True))
-        self._check_slice(sources, delta_base, ("models",))
-        return RecipeSlice(tuple(sources), delta_base, {}, "models")
+        self._check_slice(sources, delta_base, entries_path)
+        return RecipeSlice(tuple(sources), delta_base, {}, path_text(entries_path))
 
-    def _slice(self, document: SliceDocument, index: int) -> RecipeSlice:
-        path: DocumentPath = ("slices", index)
+    def _slice(self, document: SliceDocument, path: DocumentPath) -> RecipeSlice:
         if "residual_weight" in document.model_fields_set:
             self._findings.warn(
                 (*path, "residual_weight"), "residual_weight has no effect, as in mergekit"
@@ -323,6 +380,10 @@ class _Builder:
 
 def _reference(document: ModelDocument | None) -> ModelRef | None:
     return None if document is None else document.reference
+
+
+def _chosen(source: str | ModelDocument) -> Any:
+    return source.reference if isinstance(source, ModelDocument) else source
 
 
 def _count(spec: MethodSpec) -> str:

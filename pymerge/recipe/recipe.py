@@ -9,6 +9,7 @@ from functools import cached_property
 from pymerge.formats import Format
 from pymerge.methods.spec import MethodSpec
 from pymerge.recipe.reference import ModelRef
+from pymerge.recipe.tokenizer import TokenizerChoice
 from pymerge.recipe.values import Setting
 
 Settings = Mapping[str, Setting]
@@ -43,30 +44,55 @@ class RecipeSlice:
     place: str
 
 
+@dataclass(frozen=True)
+class RecipeModule:
+    """A part of a model of several parts, or with ``name`` None the whole of it.
+
+    ``whole_models`` tells the ``models`` form (one slice over all layers) from the ``slices`` form.
+    """
+
+    name: str | None
+    slices: tuple[RecipeSlice, ...]
+    whole_models: bool
+    settings: Settings = field(repr=False, compare=False)
+    place: str
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """What ``load_recipe`` returns.
 
-    ``whole_models`` tells the ``models`` form (one slice over all layers) from the ``slices``
-    form. ``settings`` are those of the top level. ``dtype`` and ``out_dtype`` are None where not
-    given. ``tokenizer_source`` is None where the donor's tokenizer is taken. ``text`` is the YAML
-    as written. ``warnings`` are sentences for the user.
+    ``modules`` has one element without a name unless the document names modules. ``settings`` are
+    those of the top level. ``dtype`` and ``out_dtype`` are None where not
+    given. ``tokenizer`` is None where the donor's is taken as it is and the vocabularies are not
+    looked at. ``chat_template`` is a Jinja text, ``auto``, or None where the tokenizer's own stays.
+    ``text`` is the YAML as written. ``warnings`` are sentences for the user.
     """
 
     spec: MethodSpec
-    slices: tuple[RecipeSlice, ...]
-    whole_models: bool
+    modules: tuple[RecipeModule, ...]
     base_model: ModelRef | None
     settings: Settings = field(repr=False)
     dtype: Format | None
     out_dtype: Format | None
-    tokenizer_source: ModelRef | None
+    tokenizer: TokenizerChoice | None
+    chat_template: str | None = field(repr=False)
     text: str = field(repr=False)
     warnings: tuple[str, ...]
 
     @property
     def method(self) -> str:
         return self.spec.name
+
+    @cached_property
+    def slices(self) -> tuple[RecipeSlice, ...]:
+        """The slices of all modules."""
+        return tuple(each for module in self.modules for each in module.slices)
+
+    @property
+    def whole_models(self) -> bool:
+        """Whether no layers are chosen anywhere."""
+        return all(module.whole_models for module in self.modules)
 
     @property
     def donor(self) -> ModelRef:
@@ -78,7 +104,9 @@ class Recipe:
 
     @property
     def tokenizer_donor(self) -> ModelRef:
-        return self.tokenizer_source or self.donor
+        """The model whose tokenizer files the output takes."""
+        chosen = None if self.tokenizer is None else self.tokenizer.source
+        return chosen if isinstance(chosen, ModelRef) else self.donor
 
     @cached_property
     def models(self) -> tuple[ModelRef, ...]:

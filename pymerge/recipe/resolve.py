@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pymerge.errors import PlanError, RecipeError
 from pymerge.methods.spec import PRESET, MethodSpec, ParameterSpec, ParameterValue
 from pymerge.names import nearest
-from pymerge.recipe.recipe import Recipe, RecipeSlice, RecipeSource, Settings
+from pymerge.recipe.recipe import Recipe, RecipeModule, RecipeSlice, RecipeSource, Settings
 from pymerge.recipe.reference import ModelRef
-from pymerge.recipe.values import Setting, resolve
+from pymerge.recipe.values import Resolved, Setting, resolve
 
 #: Origin of a value that the document does not give.
 DEFAULT_ORIGIN = "default"
@@ -39,7 +39,7 @@ class OutputSlice:
     """Consecutive layers of the output and what they are merged from.
 
     ``base`` is the source that deltas are taken against, None in methods that take none. ``index``
-    is its position in the output.
+    is its position in the output of its module, ``module_settings`` are the module's.
     """
 
     sources: tuple[SliceSource, ...]
@@ -47,6 +47,7 @@ class OutputSlice:
     index: int
     place: str
     settings: Settings = field(repr=False, compare=False)
+    module_settings: Settings = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_layers(self) -> int | None:
@@ -55,20 +56,27 @@ class OutputSlice:
         return None if first.stop is None else first.stop - first.start
 
 
-def expand(recipe: Recipe, layer_counts: Mapping[ModelRef, int | None]) -> list[OutputSlice]:
-    """The slices of the output with their layers; ``layer_counts`` has every one of recipe.models.
+def expand(
+    module: RecipeModule | Recipe, layer_counts: Mapping[ModelRef, int | None]
+) -> list[OutputSlice]:
+    """The slices of a module of the output with their layers; a recipe stands for its only module.
 
-    A count is None for a model without numbered layers. Raises PlanError where layers that the
-    recipe asks for do not exist, or where whole models differ in their number of layers.
+    ``layer_counts`` has every model of the module. A count is None for a model without numbered
+    layers. Raises PlanError where layers that the recipe asks for do not exist, or where whole
+    models differ in their number of layers.
     """
+    if isinstance(module, Recipe):
+        (module,) = module.modules
     slices = []
-    for index, each in enumerate(recipe.slices):
+    for index, each in enumerate(module.slices):
         _check_whole_models(each, layer_counts)
         sources = tuple(
             _source(source, position, layer_counts[source.model])
             for position, source in enumerate(each.sources)
         )
-        slices.append(OutputSlice(sources, each.base, index, each.place, each.settings))
+        slices.append(
+            OutputSlice(sources, each.base, index, each.place, each.settings, module.settings)
+        )
     return slices
 
 
@@ -116,26 +124,27 @@ def parameters_for(
     output_name: str,
     input_name: str,
     t: float,
-    origins: dict[str, str] | None = None,
+    origins: dict[str, Resolved] | None = None,
 ) -> dict[str, ParameterValue]:
     """The values of the parameters for one tensor.
 
     With a ``source`` the per-model parameters of that model: its own setting, else the slice's,
-    else the top level's, filters matched against ``input_name``; empty for the slice's base.
-    Without one the shared parameters: the slice's setting, else the top level's, filters matched
-    against ``output_name``. ``t`` is the position in gradients. ``spec`` is the method that the
-    recipe was loaded with. ``origins`` is filled with where each value comes from.
+    the module's, the top level's, filters matched against ``input_name``; empty for the slice's
+    base. Without one the shared parameters: the slice's setting, else the module's, else the top
+    level's, filters matched against ``output_name``. ``t`` is the position in gradients. ``spec``
+    is the method that the recipe was loaded with. ``origins`` is filled with where each value
+    comes from.
 
     Raises RecipeError for a required parameter that no setting gives.
     """
     if source is None:
         scope, name = "shared", output_name
-        scopes: tuple[Settings, ...] = (output_slice.settings, recipe.settings)
+        scopes = _shared_scopes(recipe, output_slice)
     elif source.model == output_slice.base:
         return {}
     else:
         scope, name = "model", input_name
-        scopes = (source.settings, output_slice.settings, recipe.settings)
+        scopes = (source.settings, *_shared_scopes(recipe, output_slice))
     values: dict[str, ParameterValue] = {}
     preset = _preset(recipe, spec, output_slice, output_name, t)
     for key, parameter in spec.parameters.items():
@@ -149,7 +158,7 @@ def parameters_for(
             if found is not None:
                 values[key] = found.value
                 if origins is not None:
-                    origins[key] = found.origin
+                    origins[key] = found
                 break
         else:
             default = spec.default(key, preset)
@@ -157,8 +166,14 @@ def parameters_for(
                 raise RecipeError(_missing(recipe, parameter, source, name))
             values[key] = default
             if origins is not None:
-                origins[key] = DEFAULT_ORIGIN
+                named = key in spec.presets.get(str(preset), {})
+                origin = f"{PRESET} {preset}" if named else DEFAULT_ORIGIN
+                origins[key] = Resolved(default, origin)
     return values
+
+
+def _shared_scopes(recipe: Recipe, output_slice: OutputSlice) -> tuple[Settings, ...]:
+    return output_slice.settings, output_slice.module_settings, recipe.settings
 
 
 def _preset(
@@ -167,7 +182,7 @@ def _preset(
     """The preset of a tensor; None where the method has none."""
     if PRESET not in spec.parameters:
         return None
-    for settings in (output_slice.settings, recipe.settings):
+    for settings in _shared_scopes(recipe, output_slice):
         setting = settings.get(PRESET)
         found = None if setting is None else resolve(setting, name, t)
         if found is not None:
@@ -203,8 +218,11 @@ def _missing(
     )
 
 
-def _all_settings(recipe: Recipe) -> Iterator[Setting]:
+def all_settings(recipe: Recipe) -> Iterator[Setting]:
+    """Every setting of the document that the method knows, from the top level downwards."""
     yield from recipe.settings.values()
+    for module in recipe.modules:
+        yield from module.settings.values()
     for each in recipe.slices:
         yield from each.settings.values()
         for source in each.sources:
@@ -218,7 +236,7 @@ def unmatched_filters(recipe: Recipe, names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     wanted: dict[str, str] = {}
-    for setting in _all_settings(recipe):
+    for setting in all_settings(recipe):
         for branch in setting.branches:
             if branch.filter is not None:
                 wanted.setdefault(branch.filter_origin, branch.filter)

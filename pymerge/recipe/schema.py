@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     StrictInt,
     ValidationError,
@@ -20,74 +19,28 @@ from pydantic import (
 )
 
 from pymerge.formats import BY_TORCH_NAME, Format
-from pymerge.names import listed, nearest, shown, split_adapter
+from pymerge.names import listed, nearest, shown
 from pymerge.recipe.findings import Findings, path_text
-from pymerge.recipe.reference import ModelRef, split_reference
+from pymerge.recipe.model_document import Document, ModelDocument, PathDocument
+from pymerge.recipe.tokenizer import (
+    TokenDocument,
+    TokenizerDocument,
+    chat_template_of,
+    tokenizer_source,
+)
 from pymerge.recipe.yaml_tree import Node, Path
 
 DTYPES = {name: fmt for name, fmt in BY_TORCH_NAME.items() if fmt.writable}
 
 
-class _Document(BaseModel):
-    # Only the recipe's own schema is ever run; it holds those of its parts.
-    model_config = ConfigDict(extra="forbid", defer_build=True)
-
-
-class PathDocument(_Document):
-    """``path``, ``path@revision`` or ``{path, revision}``."""
-
-    path: str
-    revision: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, raw: Any) -> Any:
-        if isinstance(raw, str):
-            path, revision = split_reference(raw)
-            return {"path": path, "revision": revision}
-        return raw
-
-    @field_validator("path")
-    @classmethod
-    def _not_empty(cls, path: str) -> str:
-        if not path.strip():
-            raise ValueError("expected a path or a hub name, found an empty text")
-        return path
-
-    @property
-    def text(self) -> str:
-        return self.path if self.revision is None else f"{self.path}@{self.revision}"
-
-
-class ModelDocument(_Document):
-    """A model reference: the text, or ``{model, lora, override_architecture}``."""
-
-    model: PathDocument
-    lora: PathDocument | None = None
-    override_architecture: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, raw: Any) -> Any:
-        if isinstance(raw, str):
-            model, adapter = split_adapter(raw)
-            return {"model": model} if adapter is None else {"model": model, "lora": adapter}
-        return raw
-
-    @property
-    def reference(self) -> ModelRef:
-        adapter = None if self.lora is None else self.lora.text
-        return ModelRef(self.model.path, self.model.revision, self.override_architecture, adapter)
-
-
-class EntryDocument(_Document):
+class EntryDocument(Document):
     """One of ``models``: a whole model."""
 
     model: ModelDocument
     parameters: dict[str, Any] | None = None
 
 
-class SourceDocument(_Document):
+class SourceDocument(Document):
     """One of ``slices[*].sources``: layers start to end of a model, the end excluded."""
 
     model: ModelDocument
@@ -106,7 +59,7 @@ class SourceDocument(_Document):
         return layer_range
 
 
-class SliceDocument(_Document):
+class SliceDocument(Document):
     """One of ``slices``: the layers of the output that its sources are merged into."""
 
     sources: list[SourceDocument] = Field(min_length=1)
@@ -115,60 +68,43 @@ class SliceDocument(_Document):
     residual_weight: Any = None
 
 
-def _tokenizer_model(raw: Any) -> Any:
-    """What names the tokenizer: a model, or None for the donor's."""
-    if raw == "union":
-        raise ValueError(
-            "the union of tokenizers is not supported in this version; use base or the model whose "
-            "tokenizer the output takes"
-        )
-    # The donor's tokenizer, as without the key, even where a folder is called base.
-    return None if raw == "base" else raw
+class ModuleDocument(Document):
+    """One of ``modules``: a part of the model, as whole models or as slices."""
+
+    models: list[EntryDocument] | None = None
+    slices: list[SliceDocument] | None = None
+    parameters: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ModuleDocument:
+        _check_forms(self, ("models", "slices"))
+        return self
 
 
-class TokenizerDocument(_Document):
-    """``tokenizer``: the other spelling of ``tokenizer_source``."""
-
-    source: ModelDocument | None
-    tokens: Any = None
-    pad_to_multiple_of: Any = None
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _no_union(cls, raw: Any) -> Any:
-        return _tokenizer_model(raw)
-
-    @field_validator("tokens", "pad_to_multiple_of")
-    @classmethod
-    def _as_it_is(cls, raw: Any) -> None:
-        if raw is not None:
-            raise ValueError(
-                "not supported in this version, which copies a tokenizer as it is; leave it out"
-            )
+def _check_forms(document: BaseModel, forms: tuple[str, ...]) -> None:
+    """Raises ValueError unless exactly one of the keys is given."""
+    given = [name for name in forms if getattr(document, name)]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "none of them"
+        raise ValueError(f"expected exactly one of {listed(forms)}, found {found}")
 
 
-class RecipeDocument(_Document):
+class RecipeDocument(Document):
     """The whole recipe."""
 
     merge_method: str
+    #: Under which other documents of the same file use the output; ``documents`` reads it.
+    name: Any = None
     models: list[EntryDocument] | None = None
     slices: list[SliceDocument] | None = None
-    modules: Any = None
+    modules: dict[str, ModuleDocument] | None = None
     base_model: ModelDocument | None = None
     parameters: dict[str, Any] | None = None
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: ModelDocument | None = None
+    tokenizer_source: Any = None
     tokenizer: TokenizerDocument | None = None
     chat_template: Any = None
-
-    @field_validator("modules")
-    @classmethod
-    def _no_modules(cls, raw: Any) -> None:
-        if raw:
-            raise ValueError(
-                "models of several modules are not supported in this version; use models or slices"
-            )
 
     @field_validator("dtype", "out_dtype")
     @classmethod
@@ -182,27 +118,19 @@ class RecipeDocument(_Document):
             raise ValueError(f"unknown dtype {name!r}{hint} expected one of {listed(DTYPES)}")
         return short
 
-    @field_validator("tokenizer_source", mode="before")
+    @field_validator("tokenizer_source")
     @classmethod
-    def _no_union(cls, raw: Any) -> Any:
-        return _tokenizer_model(raw)
+    def _known_source(cls, raw: Any) -> Any:
+        return tokenizer_source(raw)
 
     @field_validator("chat_template")
     @classmethod
-    def _no_chat_template(cls, raw: Any) -> None:
-        if raw is not None:
-            meaning = "the commonest template of all models" if raw == "auto" else "a new template"
-            raise ValueError(
-                f"{meaning} is not supported in this version; leave chat_template out, and the "
-                "template comes with the tokenizer of tokenizer_source"
-            )
+    def _known_template(cls, raw: Any) -> str | None:
+        return chat_template_of(raw)
 
     @model_validator(mode="after")
     def _one_form(self) -> RecipeDocument:
-        forms = [name for name in ("models", "slices") if getattr(self, name)]
-        if len(forms) != 1:
-            found = " and ".join(forms) if forms else "neither"
-            raise ValueError(f"expected exactly one of models and slices, found {found}")
+        _check_forms(self, ("models", "slices", "modules"))
         return self
 
     @model_validator(mode="after")
@@ -210,11 +138,6 @@ class RecipeDocument(_Document):
         if self.tokenizer and "tokenizer_source" in self.model_fields_set:
             raise ValueError("expected at most one of tokenizer and tokenizer_source, found both")
         return self
-
-    @property
-    def tokenizer_model(self) -> ModelDocument | None:
-        """Whose tokenizer the output takes, None for the donor's."""
-        return self.tokenizer.source if self.tokenizer else self.tokenizer_source
 
     @property
     def format(self) -> Format | None:
@@ -230,10 +153,12 @@ _HOMES: dict[str, str] = {}
 for _document, _home in (
     (RecipeDocument, "the top level"),
     (EntryDocument, "models[*]"),
+    (ModuleDocument, "modules.NAME"),
     (SliceDocument, "slices[*]"),
     (SourceDocument, "slices[*].sources[*]"),
     (ModelDocument, "the mapping form of a model, model: {model, lora, override_architecture}"),
     (TokenizerDocument, "tokenizer"),
+    (TokenDocument, "tokenizer.tokens.TOKEN"),
     (PathDocument, "the mapping form of a model's path, model: {model: {path, revision}}"),
 ):
     for _name in _document.model_fields:
@@ -300,16 +225,21 @@ def _parameter_home(key: str, parameters: Collection[str], *, exact: bool) -> st
 def _fields_at(path: Path) -> list[str]:
     """The keys allowed in the mapping at ``path``."""
     document: type[BaseModel] = RecipeDocument
-    for key in path:
+    keys = iter(path)
+    for key in keys:
         if isinstance(key, str):
             document = _document_of(document.model_fields[key].annotation)
+        if (document, key) in ((ModuleDocument, "modules"), (TokenDocument, "tokens")):
+            next(keys, None)  # the module's name, the token
     return list(document.model_fields)
 
 
 def _document_of(annotation: Any) -> type[BaseModel]:
+    """The document that a field holds, a list or a mapping of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(_document_of(part) for part in get_args(annotation) if part is not type(None))
+    parts = [part for part in get_args(annotation) if part not in (type(None), str)]
+    return _document_of(parts[0])
 
 
 def _drop(raw: Any, path: Path) -> None:
@@ -341,8 +271,6 @@ def _sentence(problem: Any) -> str:
         is_model = kind == "model_type" and problem["loc"][-1:] in {
             ("model",),
             ("base_model",),
-            ("tokenizer_source",),
-            ("source",),
         }
         expected = "the path or name of a model (in quotes if YAML reads it as a number)"
         return f"expected {expected if is_model else _EXPECTED[kind]}, found {shown(found)}"

@@ -38,10 +38,13 @@ class Setting:
 
 
 class Resolved(NamedTuple):
-    """A value and the place in the document that it comes from."""
+    """A value and the place in the document that it comes from, with the filter that the tensor's
+    name passed and the gradient that was interpolated, where there is one."""
 
     value: ParameterValue
     origin: str
+    filter: str | None = None
+    gradient: tuple[ParameterValue, ...] = ()
 
 
 def compile_setting(
@@ -156,8 +159,9 @@ def resolve(setting: Setting, tensor_name: str, t: float) -> Resolved | None:
             if not branch.values:
                 return None
             if len(branch.values) == 1:
-                return Resolved(branch.values[0], branch.origin)
-            return Resolved(_interpolate(setting.spec, branch, t), branch.origin)
+                return Resolved(branch.values[0], branch.origin, branch.filter)
+            value = _interpolate(setting.spec, branch, t)
+            return Resolved(value, branch.origin, branch.filter, branch.values)
     return None
 
 

@@ -7,7 +7,8 @@ messages, and reading does not recurse, so that hostile nesting and alias bombs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,12 +103,19 @@ class _Open:
 
 def parse_yaml(text: str) -> Node:
     """The one document in ``text``. Raises RecipeError with line and column."""
-    try:
+    with worded(text):
         loader = yaml.SafeLoader(text)
         try:
             return _compose(loader)
         finally:
             loader.dispose()
+
+
+@contextmanager
+def worded(text: str) -> Iterator[None]:
+    """What the parser objects to in ``text`` becomes a RecipeError with line and column."""
+    try:
+        yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -139,8 +147,8 @@ def _compose(loader: yaml.SafeLoader) -> Node:
             num_documents += 1
             if num_documents > 1:
                 raise RecipeError(
-                    f"line {line}: a second YAML document begins here; a recipe is one document, "
-                    "put each merge in a file of its own"
+                    f"line {line}: a second YAML document begins here; this takes one "
+                    "document; pymerge multi merges several that build on one another"
                 )
         elif isinstance(event, yaml.CollectionStartEvent):
             is_mapping = isinstance(event, yaml.MappingStartEvent)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pymerge.checkpoint import TensorEntry
+from pymerge.checkpoint import TensorEntry, refuse_derived
 from pymerge.errors import CheckpointError, StorageError
 from pymerge.formats import BYTES
 from pymerge.machine import compute_threads
@@ -95,6 +95,7 @@ def _read_piece(
 
 def read_into(entry: TensorEntry, first_byte: int, into: np.ndarray[Any, Any]) -> None:
     """Fill memory with a tensor's bytes. Raises StorageError."""
+    refuse_derived(entry)
     left = memoryview(into.data)
     try:
         with open(entry.file, "rb", buffering=0) as file:

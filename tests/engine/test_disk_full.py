@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pymerge import _C, api
+from pymerge.engine import context
 from pymerge.engine import output as output_module
 from pymerge.engine.journal import Journal
 from pymerge.errors import StorageError
@@ -99,7 +100,8 @@ def test_resume_finds_the_space_it_holds(small: Any, tiny_disk: Path, digests: A
 
 @contextmanager
 def failing_write(nth: int) -> Iterator[None]:
-    """While it lasts, the n-th write to a shard and all later ones find the disk full."""
+    """While it lasts, the n-th write to a shard and all later ones find the disk full; there is a
+    write for each tensor, or for ``nth`` 1 one for many."""
     left = [nth]
 
     class Shard(_C.ShardFile):  # type: ignore[misc]
@@ -111,6 +113,8 @@ def failing_write(nth: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_C, "ShardFile", Shard)
+        if nth > 1:
+            patch.setattr(context, "SMALL_BYTES", -1)
         yield
 
 
@@ -159,6 +163,7 @@ def test_journal_cannot_grow(
     """The shards are reserved, the journal is not: it meets the full disk first."""
     plan = api.plan(small.recipe("linear"), threads=2)
     real, left = os.write, [5]
+    monkeypatch.setattr(context, "SMALL_BYTES", -1)  # a line for each tensor
 
     def write(fd: int, data: bytes) -> int:
         left[0] -= b'"tensor"' in data
@@ -332,6 +337,7 @@ def test_bytes_lost_at_the_closing_of_a_shard(
 ) -> None:
     """The first cause is told, and what was not synced is not taken for written."""
     plan = api.plan(small.recipe("linear"), threads=1)
+    monkeypatch.setattr(context, "SMALL_BYTES", -1)  # a write for each tensor
     left = [5]
 
     class Shard(_C.ShardFile):  # type: ignore[misc]

@@ -13,6 +13,7 @@ import pytest
 
 import pymerge
 from pymerge import _C, api
+from pymerge.engine import context
 from pymerge.engine.journal import Journal, Record
 from pymerge.errors import CheckpointError, PlanError, StorageError
 
@@ -24,7 +25,8 @@ JOURNAL = ".pymerge-journal"
 def test_disk_filled_in_the_middle(
     small: Any, tmp_path: Path, digests: Any, nth: int, shard_size: str
 ) -> None:
-    """The n-th write and all later ones find the disk full, those of the masks too."""
+    """The n-th write and all later ones find the disk full, those of the masks too; small tensors
+    are written together, or with the large numbers one by one."""
     plan = api.plan(small.recipe("emr"), threads=2, shard_size=shard_size)
     left = [nth]
 
@@ -38,6 +40,8 @@ def test_disk_filled_in_the_middle(
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_C, "ShardFile", Shard)
+        if nth > 11:
+            patch.setattr(context, "SMALL_BYTES", -1)
         with pytest.raises(StorageError, match="no space left"):
             api.merge(plan, out)
     assert not (out / "model.safetensors").exists()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge import in_memory
+from pymerge.in_memory import tiles as in_memory
 from pymerge.methods import arcee_fusion, gram
 from pymerge.methods.angles import arccosine, cosine, sine
 from pymerge.methods.order import order_statistics

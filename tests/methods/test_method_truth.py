@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pymerge
-from pymerge import in_memory
+from pymerge.in_memory import tiles as in_memory
 from pymerge.methods import trim
 from pymerge.methods.ties import num_kept
 from pymerge.ops.selection import Keep
@@ -216,7 +216,7 @@ def select(deltas: list[np.ndarray], keep: list[int], **patches: int) -> list[Ke
     tensor = Tensor(
         "t", base.shape, len(arrays), True, {}, [{} for _ in arrays], choose_ops(trim.TRIM_OPS)
     )
-    tiles = in_memory._cut(view(base), [view(a) for a in arrays], in_memory.TILE_ELEMENTS)
+    tiles = in_memory.cut(view(base), [view(a) for a in arrays], in_memory.TILE_ELEMENTS)
 
     def measure(question):
         chosen = tiles if question.only is None else [tiles[question.only]]

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import pymerge
-from pymerge import in_memory, ops
+from pymerge import ops
+from pymerge.in_memory import tiles as in_memory
 from pymerge.methods import sparsify, trim
 from pymerge.plan import memory
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pymerge
-from pymerge import in_memory
 from pymerge.errors import PymergeError, RecipeError
+from pymerge.in_memory import tiles as in_memory
 from pymerge.methods import get_method
 
 DTYPES = ["float32", "bfloat16", "float16"]

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama_checkpoints import llama_shapes, write_llama
 from safetensors.torch import load_file, save_file
 
 Tensors = Mapping[str, torch.Tensor]
 FusionBench = Callable[[Mapping[str, Mapping[str, Any]]], dict[str, dict[str, torch.Tensor]]]
 
 ROOT = Path(__file__).parents[2]
-HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS = 64, 160, 96, 4, 2
-HEAD = HIDDEN // HEADS
 
 
 @pytest.fixture(scope="session")
@@ -94,55 +93,6 @@ def fusionbench_tensors(
     tensors |= {f"inputs/{i}": value for i, value in enumerate(inputs)}
     # the same tensor may be given twice, which a file may not hold
     return {key: value.contiguous().clone() for key, value in tensors.items()}
-
-
-def llama_shapes(num_layers: int, tied: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {
-            prefix + "input_layernorm.weight": (HIDDEN,),
-            prefix + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-            prefix + "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-            prefix + "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-            prefix + "post_attention_layernorm.weight": (HIDDEN,),
-            prefix + "self_attn.k_proj.weight": (KV_HEADS * HEAD, HIDDEN),
-            prefix + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            prefix + "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-            prefix + "self_attn.v_proj.weight": (KV_HEADS * HEAD, HIDDEN),
-        }
-    shapes["model.norm.weight"] = (HIDDEN,)
-    if not tied:
-        shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
-    return shapes
-
-
-def write_llama(
-    folder: Path, tensors: Mapping[str, torch.Tensor], num_layers: int, tied: bool
-) -> None:
-    folder.mkdir()
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": dtype,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": num_layers,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": tied,
-        "vocab_size": VOCABULARY,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 @pytest.fixture(scope="session")

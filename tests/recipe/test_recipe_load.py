@@ -153,11 +153,15 @@ def test_whose_tokenizer(load, line, donor):
         ("base_model: base\n", "", ["ties needs a base_model"]),
         ("parameters:\n  normal", "parameters: 5\nx:\n  normal", ["a mapping, found 5"]),
         ("models:\n", "models: 5\nx:\n", ["models (line 3): expected a list, found 5"]),
-        ("models:\n", "slices: []\nx:\n", ["exactly one of models and slices, found neither"]),
+        (
+            "models:\n",
+            "slices: []\nx:\n",
+            ["exactly one of models, modules, slices, found none of them"],
+        ),
         (
             "models:\n",
             "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\nmodels:\n",
-            ["exactly one of models and slices, found models and slices"],
+            ["exactly one of models, modules, slices, found models and slices"],
         ),
     ],
     ids=lambda value: value[:20].strip() if isinstance(value, str) else "",
@@ -173,25 +177,17 @@ def test_mistakes(load, old, new, sentences):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("modules: {text: {}}", "modules .* not supported in this version; use models or slices"),
-        ("tokenizer: {source: union}", r"tokenizer\.source .*union of tokenizers is not supported"),
-        ("tokenizer: {}", r"tokenizer .*: the key 'source' is required"),
+        ("modules: {text: {}}", r"modules\.text .*: expected exactly one of models, slices"),
+        ("modules: {text: {modells: []}}", r"modules\.text\.modells .* did you mean 'models'"),
+        ("modules: [text]", "modules .*: expected a mapping, found"),
         ("tokenizer: base", r"tokenizer .*: expected a mapping, found 'base'"),
-        ("tokenizer: {source: 7}", r"tokenizer\.source .*: expected the path .* found 7"),
-        ("tokenizer: {source: base, tokens: {<x>: {}}}", r"tokenizer\.tokens .*: not supported"),
-        (
-            "tokenizer: {source: base, pad_to_multiple_of: 64}",
-            r"tokenizer\.pad_to_multiple_of .*: not supported .* leave it out",
-        ),
+        ("tokenizer: {source: 7}", r"tokenizer\.source .*: expected base, union, or .* found 7"),
         (
             "tokenizer: {source: left}\ntokenizer_source: base",
             "at most one of tokenizer and tokenizer_source, found both",
         ),
         ("tokenizer: {sourse: base}", r"tokenizer\.sourse .* did you mean 'source'"),
-        ("tokenizer_source: union", "union of tokenizers is not supported in this version"),
-        ("chat_template: auto", "commonest template of all models is not supported .* leave"),
-        ("chat_template: chatml", "chat_template .*: a new template is not supported"),
-        ("chat_template: left", "chat_template .*: a new template is not supported"),
+        ("chat_template: left", "chat_template .*'left' is no chat template; expected auto"),
     ],
 )
 def test_refused_features(load, line, sentence):

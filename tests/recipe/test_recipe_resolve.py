@@ -27,8 +27,8 @@ def values(recipe, model=None, *, index=0, output=NAME, source_name=NAME, t=0.0,
         t=t,
         origins=origins,
     )
-    assert origins.keys() == found.keys()
-    return found, origins
+    assert {key: each.value for key, each in origins.items()} == found
+    return found, {key: each.origin for key, each in origins.items()}
 
 
 def linear(load, **rest):

@@ -11,7 +11,28 @@ from pymerge.methods.registry import get_method
 from pymerge.names import listed
 
 #: A module holds ``METHODS``: the form of each of its methods by name.
-MODULES: Mapping[str, str] = {}
+MODULES: Mapping[str, str] = {
+    "arcee_fusion": "arcee_fusion",
+    "breadcrumbs": "trim",
+    "breadcrumbs_ties": "trim",
+    "dare_linear": "random_masks",
+    "dare_ties": "random_masks",
+    "della": "random_masks",
+    "della_linear": "random_masks",
+    "karcher": "sphere",
+    "linear": "linear",
+    "model_stock": "model_stock",
+    "multislerp": "sphere",
+    "nearswap": "linear",
+    "nuslerp": "slerp",
+    "passthrough": "linear",
+    "ram": "ram",
+    "ramplus_tl": "ram",
+    "sce": "sce",
+    "slerp": "slerp",
+    "task_arithmetic": "trim",
+    "ties": "trim",
+}
 
 
 def stepwise_method(name: str) -> Method:
@@ -26,4 +47,4 @@ def stepwise_method(name: str) -> Method:
             "Leave --numerics out for this method"
         )
     forms: Mapping[str, Method] = import_module(f"pymerge.methods.stepwise.{MODULES[name]}").METHODS
-    return forms.get(method.spec.name, method)
+    return forms[method.spec.name]

@@ -1,0 +1,207 @@
+"""The options of mergekit-yaml under their names, and what those mean here that do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pymerge.errors import PymergeError
+from pymerge.names import shown
+from pymerge.sizes import MAX_BYTES, parse_size
+
+_DANGER, _STORAGE, _OTHER = "Dangerous options", "Storage", "Miscellaneous"
+_SPEED, _OUTPUT, _OURS = "Performance", "Output settings", "Beyond mergekit-yaml"
+
+
+def _flag(name: str, panel: str, text: str) -> Any:
+    return typer.Option(f"--{name}/--no-{name}", rich_help_panel=panel, help=text)
+
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG_FILE", help="Recipe in YAML.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT_PATH", help="Output model folder.")]
+AllowCrimes = Annotated[
+    bool, _flag("allow-crimes", _DANGER, "Merge models of different architectures by tensor names.")
+]
+TruncateEmbeddings = Annotated[
+    bool,
+    _flag(
+        "unsafe-truncate-embeddings",
+        _DANGER,
+        "Cut embeddings to the smallest vocabulary, whatever the rows stand for.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, _flag("trust-remote-code", _DANGER, "Without effect: no model's code is run.")
+]
+TransformersCache = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel=_STORAGE, metavar="DIR", help="Where models of the hub are kept."),
+]
+LoraMergeCache = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_STORAGE,
+        metavar="DIR",
+        help="Without effect: adapters are put on while they are read.",
+    ),
+]
+LoraMergeDtype = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_OTHER, metavar="DTYPE", help="Without effect: it is always float32."
+    ),
+]
+RandomSeed = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=_OTHER, metavar="N", help="Seed of the random methods."),
+]
+Verbosity = Annotated[
+    int,
+    typer.Option("-v", count=True, rich_help_panel=_OTHER, help="Show the traceback of an error."),
+]
+Quiet = Annotated[bool, _flag("quiet", _OTHER, "Print errors only.")]
+Cuda = Annotated[bool, _flag("cuda", _SPEED, "Demand that a GPU computes.")]
+Device = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=_SPEED, metavar="NAME", help="Where to compute: cpu, cuda, auto."),
+]
+LowCpuMemory = Annotated[
+    bool, _flag("low-cpu-memory", _SPEED, "Without effect: --memory is the budget.")
+]
+LazyUnpickle = Annotated[bool, _flag("lazy-unpickle", _SPEED, "Accept .bin files as inputs.")]
+ReadToGpu = Annotated[bool, _flag("read-to-gpu", _SPEED, "Without effect: tiles are streamed.")]
+MultiGpu = Annotated[bool, _flag("multi-gpu", _SPEED, "Without effect: all GPUs are used.")]
+NumThreads = Annotated[
+    int | None,
+    typer.Option(
+        "--num-threads",
+        "-j",
+        min=1,
+        rich_help_panel=_SPEED,
+        metavar="N",
+        help="Compute threads. Default: all CPUs.",
+    ),
+]
+GpuRich = Annotated[
+    bool, typer.Option("--gpu-rich", rich_help_panel=_SPEED, help="The same as --cuda.")
+]
+AsyncWrite = Annotated[
+    bool, _flag("async-write", _SPEED, "Without effect: writing never waits for the rest.")
+]
+WriteThreads = Annotated[
+    int | None, typer.Option(rich_help_panel=_SPEED, metavar="N", help="Without effect.")
+]
+OutShardSize = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_OUTPUT,
+        metavar="SIZE",
+        help="Bytes of an output file; K, M and B are thousands, millions, billions; 0: one file.",
+    ),
+]
+CopyTokenizer = Annotated[bool, _flag("copy-tokenizer", _OUTPUT, "Copy a tokenizer.")]
+CloneTensors = Annotated[
+    bool, _flag("clone-tensors", _OUTPUT, "Without effect: every tensor is written on its own.")
+]
+WriteModelCard = Annotated[
+    bool, _flag("write-model-card", _OUTPUT, "Write README.md and mergekit_config.yml.")
+]
+SafeSerialization = Annotated[
+    bool, _flag("safe-serialization", _OUTPUT, "Save safetensors; pickles are never written.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_OURS,
+        metavar="SIZE",
+        help="Memory for the whole process, e.g. 2GiB. Default: half of what is available.",
+    ),
+]
+Numerics = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_OURS,
+        metavar="accurate|mergekit",
+        help="Compute in float32 and round once, or round every step as mergekit does.",
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", rich_help_panel=_OURS, help="Replace a model that OUT_PATH holds."),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", rich_help_panel=_OURS, help="As --lazy-unpickle.")
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_OURS,
+        metavar="NAME",
+        help="Demand a backend: cuda, triton, cpu, reference.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", rich_help_panel=_OURS, help="Treat warnings about the recipe as errors."
+    ),
+]
+
+#: Options without effect: what is said where one is given.
+_WITHOUT_EFFECT: Mapping[str, str] = {
+    "trust_remote_code": "no code of a model is run",
+    "lora_merge_cache": "adapters are put on their base tile by tile, nothing is kept",
+    "lora_merge_dtype": "adapters are put on their base in float32",
+    "low_cpu_memory": "memory is bounded by --memory",
+    "read_to_gpu": "inputs are streamed through a pool of host buffers",
+    "multi_gpu": "a backend of GPUs uses all that are visible",
+    "async_write": "reading, computing and writing always overlap",
+    "write_threads": "reading, computing and writing always overlap",
+    "clone_tensors": "every tensor is written on its own",
+}
+
+
+def notes(given: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each option that was given and has no effect."""
+    for name, reason in _WITHOUT_EFFECT.items():
+        if given[name] not in (None, False):
+            yield f"--{name.replace('_', '-')} has no effect: {reason}"
+
+
+def shard_bytes(text: str) -> int:
+    """Bytes of ``--out-shard-size``: mergekit's suffixes K, M and B, or ours; 0 is no bound.
+
+    :raises PymergeError: it does not read as a size.
+    """
+    number, unit = text[:-1], text[-1:].lower()
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(unit)
+    if factor is not None and number.isdecimal():
+        size = parse_size(int(number) * factor, "--out-shard-size")
+    else:
+        size = parse_size(text, "--out-shard-size")
+    return size or MAX_BYTES
+
+
+def backends(device: str | None, cuda: bool, backend: str | None) -> tuple[str | None, ...]:
+    """The backends to try in turn; None is the choice of the engine.
+
+    :raises PymergeError: a device that there is no backend for.
+    """
+    if backend is not None:
+        return (backend,)
+    if device is None:
+        device = "cuda" if cuda else "auto"
+    if device == "auto":
+        return (None,)
+    if device == "cpu":
+        return ("cpu",)
+    if device == "cuda":
+        return ("cuda", "triton")
+    hint = ""
+    if device.startswith("cuda:"):
+        number = device.removeprefix("cuda:")
+        hint = f"; to choose a GPU, set CUDA_VISIBLE_DEVICES={number} and give --device cuda"
+    raise PymergeError(f"--device: expected cpu, cuda or auto, found {shown(device)}{hint}")

@@ -1,0 +1,316 @@
+"""Merging the same models again and again with other coefficients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pymerge.errors import PymergeError, RecipeError
+from pymerge.in_memory.arguments import Settings, check_names
+from pymerge.in_memory.driver import Inputs, nonfinite
+from pymerge.in_memory.planned import plan, sentence_of_nonfinite, warn
+from pymerge.in_memory.targets import Targets, settle
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pymerge.in_memory.beside import Beside
+    from pymerge.in_memory.models import Entry
+    from pymerge.in_memory.planned import Held
+    from pymerge.methods.numerics import Numerics
+    from pymerge.methods.protocol import Tensor
+    from pymerge.ops.view import View
+
+    StateDict = Mapping[str, torch.Tensor] | nn.Module
+
+#: The parameter that ``weights`` stands for.
+WEIGHT = "weight"
+
+
+@dataclass
+class _Resident:
+    """An item whose inputs stay."""
+
+    entry: Entry
+    held: Held
+    device: str
+    tensor: Tensor
+    targets: Targets | None = None
+    beside: Beside | None = None
+    #: It is in memory in any case, so that all items are decided together.
+    num_bytes: int = 0
+
+    @contextmanager
+    def inputs(self) -> Iterator[Inputs]:
+        yield self.held.inputs
+
+    @contextmanager
+    def output(self) -> Iterator[View]:
+        if self.targets is None:
+            raise RuntimeError(f"{self.entry.name}: there is no merge in progress")
+        # That a target is no input was checked before.
+        format, device = self.tensor.format, self.device
+        with self.targets.output(self.entry, format, device, lambda _: False) as out:
+            yield out
+
+
+class Session:
+    """Models in memory that are merged many times: a search pays milliseconds for a candidate.
+
+    The models' tensors are used where they are; those that are not contiguous, or that a mapping
+    reads from files, are copied once. What a method measures that the changed parameters have no
+    part in (the thresholds of ties for a density, the inner products of slerp, karcher or model
+    stock) is measured once. Methods that compute with matrices do all of it again.
+
+    :meth:`merge` may be called from any thread; one merge runs at a time. The models must not
+    change while the session is open. Close it, or use it as a context manager, to end its threads.
+
+    :param parameters: the method's parameters for all merges, as for
+        :func:`pymerge.merge_state_dicts`; a call's own take their place. The others are those of
+        :func:`pymerge.merge_state_dicts`.
+    :raises RecipeError: the method has no such parameter, or takes another number of models.
+    :raises PymergeError: the models do not fit together, or the method makes no dense model.
+    """
+
+    def __init__(
+        self,
+        base: StateDict | None,
+        experts: Sequence[StateDict],
+        *,
+        method: str,
+        dtype: Any | None = None,
+        out_dtype: Any | None = None,
+        numerics: Numerics = "accurate",
+        threads: int | None = None,
+        backend: str | None = None,
+        statistics: Sequence[Mapping[str, Any]] | None = None,
+        **parameters: Any,
+    ) -> None:
+        self._planned = plan(
+            "Session",
+            base,
+            experts,
+            method=method,
+            numerics=numerics,
+            dtype=dtype,
+            out_dtype=out_dtype,
+            threads=threads,
+            backend=backend,
+            statistics=statistics,
+        )
+        self._lock = threading.Lock()
+        self._closed = False
+        self._driver = self._planned.driver()
+        try:
+            self._defaults = {key.rstrip("_"): value for key, value in parameters.items()}
+            check_names(self._planned.method.spec, self._defaults)
+            self._merged = self._planned.merged
+            #: The merged tensors, in order: the rows of weights for each tensor.
+            self.names = tuple(entry.name for entry in self._merged)
+            self._places = {name: place for place, name in enumerate(self.names)}
+            self._items: list[_Resident] | None = None
+            # What was measured of each tensor, for the next merges.
+            self._memories: dict[str, dict[Any, Any]] = {name: {} for name in self.names}
+            self._copies = [
+                (entry, self._planned.dicts.source_of_copy(entry))
+                for entry in self._planned.dicts.entries
+                if not entry.merged
+            ]
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def from_checkpoints(
+        cls, base: str | Path | None, experts: Sequence[str | Path], **arguments: Any
+    ) -> Session:
+        """A session over checkpoints' folders, whose safetensors files are mapped into memory.
+
+        Needs the package safetensors. ``arguments`` are those of the class.
+
+        :raises CheckpointError: a folder is not a valid checkpoint.
+        :raises PymergeError: a model is not stored in plain safetensors files.
+        """
+        mapped = None if base is None else mapped_tensors(base)
+        return cls(mapped, [mapped_tensors(each) for each in experts], **arguments)
+
+    def merge(
+        self, weights: Any | None = None, *, out: StateDict | None = None, **parameters: Any
+    ) -> Any:
+        """Merge with these parameters and return ``out``, or new tensors by name.
+
+        :param weights: the method's ``weight``: a number for all experts; one for each; an array
+            [tensors, experts] in the order of :attr:`names`; a function of the tensor's name; or a
+            mapping from parts of names to any of the first two.
+        :param out: a module, or a mapping of tensors, that is written in place; its tensors keep
+            their dtype, and share no memory with the session's inputs.
+        :raises RecipeError: a parameter is unknown, missing, or its value is not allowed.
+        :raises PymergeError: ``out`` does not fit, or the session is closed.
+        """
+        given = {key.rstrip("_"): value for key, value in parameters.items()}
+        if weights is not None:
+            if WEIGHT in given:
+                raise RecipeError("Session.merge: expected weights or weight, found both")
+            given[WEIGHT] = weights
+        given = {**self._defaults, **given}
+        settings = Settings(
+            self._planned.method.spec,
+            {name: self._by_name(name, value) for name, value in given.items()},
+            self._planned.dicts.num_models,
+        )
+        with self._lock:
+            if self._closed:
+                raise PymergeError("Session.merge: the session is closed; make a new one")
+            return self._merge(settings, out)
+
+    def by_layer(
+        self, weights: Any, outside: Any = None, *, prefix: str | None = None
+    ) -> dict[str, Any]:
+        """Weights of each layer as a mapping that ``weights`` takes.
+
+        :param weights: [layers, experts]: rows for the tensors named PREFIX.0.*, PREFIX.1.*, ...
+        :param outside: the weights of all other tensors; needed where there are such.
+        :param prefix: what stands before the number; default: the one with the most layers.
+        :raises PymergeError: no tensors are numbered so, or there are not as many rows as layers.
+        """
+        return _by_layer(self.names, weights, outside, prefix)
+
+    def close(self) -> None:
+        """End the threads and let go of the models."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._driver.close()
+                self._items, self._copies = None, []
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _merge(self, settings: Settings, out: Any | None) -> Any:
+        planned = self._planned
+        targets = Targets(out, planned.dicts.entries, "Session.merge")
+        items = self._prepared(settings, targets)
+        merged = [item for item in items if not planned.is_copy(item.entry, item.tensor)]
+        settle(planned.dicts.device)
+        written = self._driver.merge(merged)
+        for item in items:
+            if planned.is_copy(item.entry, item.tensor):
+                targets.copy(item.entry, item.held.arrays[0])
+        for entry, source in self._copies:
+            targets.copy(entry, source)
+        sentences = [f"{each.name}: {s}" for each in written for s in sorted(each.sentences)]
+        warn([*sentences, *sentence_of_nonfinite(nonfinite(written))])
+        if out is not None:
+            return out
+        return {name: targets.tensors[name] for name in planned.dicts.names}
+
+    def _prepared(self, settings: Settings, targets: Targets) -> list[_Resident]:
+        """The items with this call's parameters and targets; read where it is the first."""
+        planned, tensors = self._planned, []
+        for entry in self._merged:
+            format, memory = planned.format(entry, targets), self._memories[entry.name]
+            tensors.append(planned.tensor(entry, settings, format, memory))
+        warn(planned.rehearse(tensors, settings))
+        if self._items is None:
+            self._items = [
+                _Resident(entry, planned.held(entry, tensor), planned.dicts.device, tensor)
+                for entry, tensor in zip(self._merged, tensors, strict=True)
+            ]
+        for item, tensor in zip(self._items, tensors, strict=True):
+            item.tensor, item.targets = tensor, targets
+            self._check_apart(item, targets)
+        return self._items
+
+    def _check_apart(self, item: _Resident, targets: Targets) -> None:
+        if targets.given is None:
+            return
+        target = targets.given[item.entry.name]
+        if item.held.holds(target):
+            raise PymergeError(
+                f"Session.merge: out, tensor {item.entry.name!r} is the memory of one of the "
+                "session's inputs, which the next merge would read; give a copy of the module"
+            )
+
+    def _by_name(self, name: str, value: Any) -> Any:
+        """An array [tensors, experts] as a function of the tensor's name."""
+        if getattr(value, "ndim", 0) != 2:
+            return value
+        rows = value.tolist()
+        if len(rows) != len(self.names):
+            raise RecipeError(
+                f"{self._planned.method.spec.name}: {name} has {len(rows)} rows, expected one for "
+                f"each of {len(self.names)} merged tensors, in the order of Session.names"
+            )
+        return lambda tensor: rows[self._places[tensor]]
+
+
+def mapped_tensors(folder: str | Path) -> dict[str, Any]:
+    """The tensors of a checkpoint, their memory the files'.
+
+    :raises CheckpointError: it is no valid checkpoint.
+    :raises PymergeError: it is not stored in plain safetensors files.
+    """
+    from safetensors import safe_open
+
+    from pymerge.checkpoint import TensorEntry, open_checkpoint
+
+    files: dict[Path, list[str]] = {}
+    names: dict[str, str] = {}
+    for name, entry in open_checkpoint(str(folder)).tensors.items():
+        if type(entry) is not TensorEntry or entry.file.suffix != ".safetensors":
+            raise PymergeError(
+                f"Session: tensor {name!r} of {folder} is not stored as it is in a safetensors "
+                "file; merge the model into one first, or give a state dict"
+            )
+        files.setdefault(entry.file, []).append(name)
+        names[name] = entry.name
+    found = {}
+    for file, members in files.items():
+        with safe_open(file, framework="pt") as opened:
+            found.update({name: opened.get_tensor(names[name]) for name in members})
+    return {name: found[name] for name in names}
+
+
+def _by_layer(
+    names: Sequence[str], weights: Any, outside: Any, prefix: str | None
+) -> dict[str, Any]:
+    numbered: dict[str, set[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if part.isdecimal():
+                numbered.setdefault(".".join(parts[:place]), set()).add(int(part))
+                break
+    if prefix is None:
+        prefix = max(numbered, key=lambda each: len(numbered[each]), default=None)
+    layers = numbered.get(prefix or "", set())
+    rows = np.asarray(weights, np.float64).tolist()
+    if prefix is None or layers != set(range(len(layers))) or len(rows) != len(layers):
+        found = f"{len(layers)} layers" if prefix is not None else "no numbered tensors"
+        raise PymergeError(
+            f"Session.by_layer: expected a row of weights for each layer, found {len(rows)} rows "
+            f"and {found}{f' of {prefix!r}' if prefix else ''}; name the layers by prefix"
+        )
+    start = f"{prefix}." if prefix else ""
+    found_rows = {
+        name: rows[int(name[len(start) :].split(".")[0])]
+        for name in names
+        if name.startswith(start) and name[len(start) :].split(".")[0].isdecimal()
+    }
+    rest = [name for name in names if name not in found_rows]
+    if rest and outside is None:
+        raise PymergeError(
+            f"Session.by_layer: {len(rest)} tensors such as {rest[0]!r} are in no layer; give "
+            "their weights as outside"
+        )
+    return {**found_rows, **dict.fromkeys(rest, outside)}

@@ -1,0 +1,28 @@
+"""Runs many of mergekit's command lines in one process, because mergekit takes seconds to start.
+
+Executed by the Python of mergekit's own environment: ``python drive_mergekit_commands.py JOBS``,
+where JOBS is a JSON file with a list of {"command": a key of COMMANDS, "arguments": a list,
+"error": file}. Writes the traceback into that file where a command failed, and goes on.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+COMMANDS = {"mergekit-yaml": mergekit_yaml, "mergekit-pytorch": mergekit_pytorch}
+
+
+def main() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            COMMANDS[job["command"]].main(args=job["arguments"], standalone_mode=False)
+        except Exception:
+            Path(job["error"]).write_text(traceback.format_exc())
+
+
+if __name__ == "__main__":
+    main()
