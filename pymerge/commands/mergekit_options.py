@@ -1,15 +1,12 @@
-"""The options of mergekit-yaml under their names, and what those mean here that do nothing."""
+"""The options of mergekit-yaml under their names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pymerge.errors import PymergeError
-from pymerge.names import shown
 from pymerge.sizes import MAX_BYTES, parse_size
 
 _DANGER, _STORAGE, _OTHER = "Dangerous options", "Storage", "Miscellaneous"
@@ -150,27 +147,6 @@ Strict = Annotated[
     ),
 ]
 
-#: Options without effect: what is said where one is given.
-_WITHOUT_EFFECT: Mapping[str, str] = {
-    "trust_remote_code": "no code of a model is run",
-    "lora_merge_cache": "adapters are put on their base tile by tile, nothing is kept",
-    "lora_merge_dtype": "adapters are put on their base in float32",
-    "low_cpu_memory": "memory is bounded by --memory",
-    "read_to_gpu": "inputs are streamed through a pool of host buffers",
-    "multi_gpu": "a backend of GPUs uses all that are visible",
-    "async_write": "reading, computing and writing always overlap",
-    "write_threads": "reading, computing and writing always overlap",
-    "clone_tensors": "every tensor is written on its own",
-}
-
-
-def notes(given: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each option that was given and has no effect."""
-    for name, reason in _WITHOUT_EFFECT.items():
-        if given[name] not in (None, False):
-            yield f"--{name.replace('_', '-')} has no effect: {reason}"
-
-
 def shard_bytes(text: str) -> int:
     """Bytes of ``--out-shard-size``: mergekit's suffixes K, M and B, or ours; 0 is no bound.
 
@@ -183,25 +159,3 @@ def shard_bytes(text: str) -> int:
     else:
         size = parse_size(text, "--out-shard-size")
     return size or MAX_BYTES
-
-
-def backends(device: str | None, cuda: bool, backend: str | None) -> tuple[str | None, ...]:
-    """The backends to try in turn; None is the choice of the engine.
-
-    :raises PymergeError: a device that there is no backend for.
-    """
-    if backend is not None:
-        return (backend,)
-    if device is None:
-        device = "cuda" if cuda else "auto"
-    if device == "auto":
-        return (None,)
-    if device == "cpu":
-        return ("cpu",)
-    if device == "cuda":
-        return ("cuda", "triton")
-    hint = ""
-    if device.startswith("cuda:"):
-        number = device.removeprefix("cuda:")
-        hint = f"; to choose a GPU, set CUDA_VISIBLE_DEVICES={number} and give --device cuda"
-    raise PymergeError(f"--device: expected cpu, cuda or auto, found {shown(device)}{hint}")

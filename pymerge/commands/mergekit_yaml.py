@@ -12,14 +12,11 @@ import typer
 from pymerge.commands import mergekit_options as options
 from pymerge.commands.options import Debug, this_command
 from pymerge.commands.running import run_app
-from pymerge.errors import BackendError, PlanError, PymergeError
+from pymerge.errors import PymergeError
+from pymerge.integrations import mergekit_recipe
 
 if TYPE_CHECKING:
     from pymerge.plan import Plan
-    from pymerge.recipe import Recipe
-
-RECIPE_NAME = "mergekit_config.yml"
-CARD_NAME = "README.md"
 
 app = typer.Typer(
     name="pymerge-yaml",
@@ -92,58 +89,19 @@ def merge(
         "random_seed": random_seed,
         "truncate_embeddings": unsafe_truncate_embeddings,
     }
-    planned = _plan(recipe, options.backends(device, cuda or gpu_rich, backend), planning)
+    backends = mergekit_recipe.backends(device, cuda or gpu_rich, backend)
+    planned = mergekit_recipe.plan_on(recipe, backends, planning)
     if not allow_crimes:
-        _check_architectures(recipe, planned)
-    files = _files(recipe, planned, card=write_model_card, tokenizer=copy_tokenizer)
-    if write_model_card:
-        files[RECIPE_NAME] = config_file.read_bytes()
-    _run(planned, out_path, files, overwrite, None if quiet else list(options.notes(given)))
-
-
-def _plan(recipe: Recipe, backends: tuple[str | None, ...], planning: dict[str, Any]) -> Plan:
-    """The plan with the first of the backends that can run here.
-
-    :raises BackendError: none can.
-    """
-    from pymerge import api
-
-    reasons = []
-    for backend in backends:
-        try:
-            return api.plan(recipe, backend=backend, **planning)
-        except BackendError as error:
-            reasons.append(str(error))
-    raise BackendError("; ".join(reasons))
-
-
-def _check_architectures(recipe: Recipe, planned: Plan) -> None:
-    """:raises PlanError: the models are of different architectures."""
-    found: dict[str, str] = {}
-    for ref in recipe.models:
-        named = (planned.checkpoints[str(ref)].config or {}).get("architectures")
-        if ref.override_architecture is not None:
-            found.setdefault(ref.override_architecture, str(ref))
-        elif isinstance(named, list) and named:
-            found.setdefault(", ".join(map(str, named)), str(ref))
-    if len(found) > 1:
-        each = "; ".join(f"{model}: {architecture}" for architecture, model in found.items())
-        raise PlanError(
-            f"expected models of one architecture, found {each}. Give --allow-crimes to merge "
-            "them by the names of their tensors"
-        )
-
-
-def _files(recipe: Recipe, planned: Plan, *, card: bool, tokenizer: bool) -> dict[str, bytes]:
-    """The files beside the weights that the options leave."""
-    from pymerge.checkpoint.sidefiles import TOKENIZER_NAMES
-    from pymerge.engine import side_files
-
-    unwanted = [] if card else [CARD_NAME]
-    if not tokenizer and recipe.tokenizer is None:  # one that the recipe makes is always written
-        unwanted += [*TOKENIZER_NAMES, "additional_chat_templates"]
-    files = side_files(planned)
-    return {name: data for name, data in files.items() if name.partition("/")[0] not in unwanted}
+        mergekit_recipe.check_architectures(recipe, planned)
+    files = mergekit_recipe.files_beside(
+        recipe,
+        planned,
+        card=write_model_card,
+        tokenizer=copy_tokenizer,
+        source=config_file.read_bytes(),
+    )
+    notes = None if quiet else list(mergekit_recipe.notes(given))
+    _run(planned, out_path, files, overwrite, notes)
 
 
 def _run(

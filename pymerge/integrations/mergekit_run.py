@@ -54,7 +54,7 @@ def assemble_jobs(
     )
     return assemble(
         drafted,
-        memory=_left_of(memory),
+        memory=left_of(memory),
         threads=compute_threads(threads),
         readers=READERS,
         shard_bytes=shard_bytes,
@@ -62,8 +62,11 @@ def assemble_jobs(
     )
 
 
-def _left_of(memory: int | str | None) -> int:
-    """What a budget for the whole process leaves us beside what mergekit holds already."""
+def left_of(memory: int | str | None) -> int:
+    """What a budget for the whole process leaves us beside what mergekit holds already.
+
+    :raises PlanError: nothing.
+    """
     if memory is None:
         return default_memory()
     total, held = parse_size(memory, "memory"), _resident_bytes()

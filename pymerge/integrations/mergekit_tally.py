@@ -10,12 +10,13 @@ LOG = logging.getLogger("pymerge.mergekit")
 
 
 class Tally:
-    """``merges`` run by our engine, ``tensors`` that it merged or copied, ``left`` to mergekit:
-    how many tensors, by the reason; ``whole``: merges that mergekit ran altogether, by the
-    reason."""
+    """``merges`` run by our engine, of these ``planned`` by it, too; ``tensors`` that it merged or
+    copied, ``left`` to mergekit: how many tensors, by the reason; ``whole``: merges that mergekit
+    ran altogether, by the reason."""
 
     def __init__(self) -> None:
         self.merges = 0
+        self.planned = 0
         self.tensors = 0
         self.left: Counter[str] = Counter()
         self.whole: Counter[str] = Counter()
@@ -36,6 +37,7 @@ class Tally:
     def as_dict(self) -> dict[str, Any]:
         return {
             "merges": self.merges,
+            "planned": self.planned,
             "tensors": self.tensors,
             "left": dict(self.left),
             "whole": dict(self.whole),
