@@ -168,10 +168,10 @@ def load_documents(
         raise RecipeError(
             "every document has a name; leave out that of the one that others lead to"
         )
-    uses = {
-        name: [ref.path for ref in each.models if ref.path in merges]
-        for name, each in merges.items()
-    }
+    uses = {}
+    for name, each in merges.items():
+        references = (*each.models, each.donor, each.tokenizer_donor)
+        uses[name] = list(dict.fromkeys(ref.path for ref in references if ref.path in merges))
     for name in in_order(uses):
         if name is None or name in found:
             continue
@@ -180,7 +180,8 @@ def load_documents(
         if reason is not None:
             raise RecipeError(
                 f"the document {name!r} must be merged by itself ({reason}); keep its output with "
-                "pymerge multi --intermediates, and name that as a model"
+                "pymerge multi --intermediates, and name the outputs of all documents as models, "
+                "without the recipe"
             )
         found[name] = as_checkpoint(decided, name)
     return merges[None], found

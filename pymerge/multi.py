@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge import api
 from pymerge.checkpoint import Checkpoint, open_checkpoint
 from pymerge.errors import PymergeError, RecipeError, StorageError
-from pymerge.names import listed
+from pymerge.names import listed, nearest
 
 if TYPE_CHECKING:
     from pymerge.engine.run import MergeReport
@@ -120,7 +120,10 @@ class _Work:
     def _check(self) -> None:
         """What can be said before anything is merged."""
         if None in self.merges and self.out is None:
-            raise PymergeError("the document without a name needs a folder for its output")
+            raise PymergeError(
+                "the document without a name needs a folder for its output, found none; name one "
+                "as OUT"
+            )
         if None not in self.merges and self.out is not None:
             raise PymergeError(
                 "an output folder is given, and every document has a name; leave the name of the "
@@ -130,9 +133,19 @@ class _Work:
         unused = [name for name in self.merges if name is not None and name not in used]
         if unused and self.kept is None:
             raise RecipeError(
-                f"the documents {listed(unused)} are used by no other; give a folder for the "
-                "intermediates to have them written, or remove them"
+                f"named documents that are used by no other: {listed(unused)}{self._near(unused)}; "
+                "give a folder for the intermediates (-I) to have them written, or remove them"
             )
+
+    def _near(self, unused: Sequence[str]) -> str:
+        """The models that may be meant for documents, for a sentence."""
+        models = {ref.path for recipe in self.merges.values() for ref in recipe.models}
+        found = {path: nearest(path, unused) for path in sorted(models) if path not in self.merges}
+        return "".join(
+            f"; the model {path!r} resembles {near!r}"
+            for path, near in found.items()
+            if near is not None and not os.path.exists(path)
+        )
 
     def run(self, order: Sequence[str | None]) -> MultiReport:
         reports: dict[str | None, MergeReport | None] = {}
@@ -146,8 +159,8 @@ class _Work:
                 self.opened[name] = self._open(name, self.kept / name)
             else:
                 reports[name] = self._put(name, plan, work)
-        if work is not None and self.reasons and self.kept is None:
-            _remove(work)
+        if work is not None and self.kept is None:
+            _remove(work, self.reasons)
         return MultiReport(reports, self.reasons)
 
     def _put(self, name: str, plan: Plan, work: Path | None) -> MergeReport | None:
@@ -165,6 +178,7 @@ class _Work:
             )
         self.reasons[name] = reason
         report = self._merge(plan, work / name)
+        _date(plan, work / name)
         self.opened[name] = self._open(name, work / name)
         return report
 
@@ -187,9 +201,24 @@ class _Work:
         return replace(open_checkpoint(str(folder)), reference=name)
 
 
-def _remove(work: Path) -> None:
+def _date(plan: Plan, folder: Path) -> None:
+    """Give the weights a time that says what they are: written anew they are the same input of the
+    merges that use them, whose finished output is then known again."""
+    time = int(plan.hash[:12], 16)
     try:
-        shutil.rmtree(work)
+        for shard in plan.model_shards:
+            os.utime(folder / shard.file_name, ns=(time, time))
+    except OSError as error:
+        raise StorageError(f"{folder}: the time of a file cannot be set: {error}") from error
+
+
+def _remove(work: Path, names: Iterable[str]) -> None:
+    """Remove what was written there, and the folder unless something else is in it."""
+    try:
+        for name in names:
+            shutil.rmtree(work / name)
+        if work.is_dir() and not any(work.iterdir()):
+            work.rmdir()
     except OSError as error:
         raise StorageError(
             f"the output is whole, but the intermediates in {work} cannot be removed: {error}; "

@@ -19,7 +19,10 @@ from pymerge.machine import compute_threads
 from pymerge.sizes import parse_size
 
 if TYPE_CHECKING:
-    from pymerge.engine.run import MergeReport
+    from collections.abc import Callable
+
+    from pymerge.engine.events import Snapshot
+    from pymerge.engine.run import MergeReport, NonFinite
     from pymerge.methods.numerics import Numerics
     from pymerge.plan import Plan
     from pymerge.plan.raw import Names
@@ -84,7 +87,7 @@ def merge_raw(
     :param overwrite: replace a file that is there, and what another merge into it left unfinished.
     :param run: options of :func:`pymerge.merge` about reading, writing and progress.
     :param planning: options of :func:`plan_raw`.
-    :raises PlanError: ``out`` exists or is no name for a safetensors file.
+    :raises PlanError: ``out`` exists, is an input, or is no name for a safetensors file.
 
     Raises also what :func:`pymerge.merge` raises.
     """
@@ -95,13 +98,17 @@ def merge_raw(
     _check_target(target, overwrite)
     decided = recipe if isinstance(recipe, Plan) else plan_raw(recipe, **planning)
     work = target.with_name(f".{target.name}.pymerge")
+    _check_inputs(target, decided)
+    options = _options(**(run or {}))
     try:
         (shard,) = decided.shards
         moved = (work / "pymerge_manifest.json").exists() and not (work / shard.file_name).exists()
         if moved:
             shutil.rmtree(work)
-        report = run_plan(decided, work, side_files={}, overwrite=overwrite, **(run or {}))
+        report = run_plan(decided, work, side_files={}, overwrite=overwrite, **options)
         os.replace(work / shard.file_name, target)
+        if options["sync"]:
+            _sync_names(target.parent)
         shutil.rmtree(work)
     except OSError as error:
         raise StorageError(
@@ -109,6 +116,48 @@ def merge_raw(
             "another"
         ) from error
     return replace(report, out=target)
+
+
+def _sync_names(folder: Path) -> None:
+    """Make the names in a folder durable. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _options(
+    *,
+    non_finite: NonFinite = "warn",
+    sync: bool = True,
+    cache_output: bool = False,
+    read_method: str | None = None,
+    trace: str | os.PathLike[str] | None = None,
+    progress: Callable[[Snapshot], None] | None = None,
+    resume_hint: str = "run the same merge again",
+) -> dict[str, Any]:
+    """The options of :func:`pymerge.merge` as the engine calls them."""
+    return {
+        "nonfinite": non_finite,
+        "sync": sync,
+        "drop_cache": not cache_output,
+        "read_method": read_method,
+        "trace": None if trace is None else Path(trace),
+        "progress": progress,
+        "resume_hint": resume_hint,
+    }
+
+
+def _check_inputs(target: Path, plan: Plan) -> None:
+    """:raises PlanError: the file to write is one that is read."""
+    place = target.resolve()
+    for reference, checkpoint in plan.checkpoints.items():
+        if any(header.path.resolve() == place for header in checkpoint.headers):
+            raise PlanError(
+                f"{target} is the input {reference!r}, which the merge would replace; choose "
+                "another name for the output"
+            )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

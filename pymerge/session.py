@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pymerge.errors import PymergeError, RecipeError
-from pymerge.in_memory.arguments import Settings, check_names
-from pymerge.in_memory.driver import Inputs, nonfinite
+from pymerge.in_memory.arguments import Settings, check_names, named
+from pymerge.in_memory.driver import nonfinite
+from pymerge.in_memory.items import Held, Item, Whole, span_of
 from pymerge.in_memory.planned import plan, sentence_of_nonfinite, warn
 from pymerge.in_memory.targets import Targets, settle
 
@@ -21,44 +24,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pymerge.in_memory.beside import Beside
-    from pymerge.in_memory.models import Entry
-    from pymerge.in_memory.planned import Held
     from pymerge.methods.numerics import Numerics
-    from pymerge.methods.protocol import Tensor
-    from pymerge.ops.view import View
 
     StateDict = Mapping[str, torch.Tensor] | nn.Module
 
 #: The parameter that ``weights`` stands for.
 WEIGHT = "weight"
-
-
-@dataclass
-class _Resident:
-    """An item whose inputs stay."""
-
-    entry: Entry
-    held: Held
-    device: str
-    tensor: Tensor
-    targets: Targets | None = None
-    beside: Beside | None = None
-    #: It is in memory in any case, so that all items are decided together.
-    num_bytes: int = 0
-
-    @contextmanager
-    def inputs(self) -> Iterator[Inputs]:
-        yield self.held.inputs
-
-    @contextmanager
-    def output(self) -> Iterator[View]:
-        if self.targets is None:
-            raise RuntimeError(f"{self.entry.name}: there is no merge in progress")
-        # That a target is no input was checked before.
-        format, device = self.tensor.format, self.device
-        with self.targets.output(self.entry, format, device, lambda _: False) as out:
-            yield out
 
 
 class Session:
@@ -107,17 +78,18 @@ class Session:
         )
         self._lock = threading.Lock()
         self._closed = False
+        # The inputs, in the order of names; read by the first merge.
+        self._held: list[Held] | None = None
+        # What was measured of each tensor, for the next merges.
+        self._memories: defaultdict[str, dict[Hashable, Any]] = defaultdict(dict)
         self._driver = self._planned.driver()
         try:
-            self._defaults = {key.rstrip("_"): value for key, value in parameters.items()}
+            self._defaults = named(parameters)
             check_names(self._planned.method.spec, self._defaults)
             self._merged = self._planned.merged
             #: The merged tensors, in order: the rows of weights for each tensor.
             self.names = tuple(entry.name for entry in self._merged)
             self._places = {name: place for place, name in enumerate(self.names)}
-            self._items: list[_Resident] | None = None
-            # What was measured of each tensor, for the next merges.
-            self._memories: dict[str, dict[Any, Any]] = {name: {} for name in self.names}
             self._copies = [
                 (entry, self._planned.dicts.source_of_copy(entry))
                 for entry in self._planned.dicts.entries
@@ -154,7 +126,7 @@ class Session:
         :raises RecipeError: a parameter is unknown, missing, or its value is not allowed.
         :raises PymergeError: ``out`` does not fit, or the session is closed.
         """
-        given = {key.rstrip("_"): value for key, value in parameters.items()}
+        given = named(parameters)
         if weights is not None:
             if WEIGHT in given:
                 raise RecipeError("Session.merge: expected weights or weight, found both")
@@ -188,7 +160,8 @@ class Session:
             if not self._closed:
                 self._closed = True
                 self._driver.close()
-                self._items, self._copies = None, []
+                self._held, self._copies = None, []
+                self._memories.clear()
 
     def __enter__(self) -> Session:
         return self
@@ -205,7 +178,7 @@ class Session:
         written = self._driver.merge(merged)
         for item in items:
             if planned.is_copy(item.entry, item.tensor):
-                targets.copy(item.entry, item.held.arrays[0])
+                targets.copy(item.entry, item.whole.held().models[0])
         for entry, source in self._copies:
             targets.copy(entry, source)
         sentences = [f"{each.name}: {s}" for each in written for s in sorted(each.sentences)]
@@ -214,32 +187,41 @@ class Session:
             return out
         return {name: targets.tensors[name] for name in planned.dicts.names}
 
-    def _prepared(self, settings: Settings, targets: Targets) -> list[_Resident]:
+    def _prepared(self, settings: Settings, targets: Targets) -> list[Item]:
         """The items with this call's parameters and targets; read where it is the first."""
         planned, tensors = self._planned, []
         for entry in self._merged:
             format, memory = planned.format(entry, targets), self._memories[entry.name]
-            tensors.append(planned.tensor(entry, settings, format, memory))
-        warn(planned.rehearse(tensors, settings))
-        if self._items is None:
-            self._items = [
-                _Resident(entry, planned.held(entry, tensor), planned.dicts.device, tensor)
-                for entry, tensor in zip(self._merged, tensors, strict=True)
-            ]
-        for item, tensor in zip(self._items, tensors, strict=True):
-            item.tensor, item.targets = tensor, targets
-            self._check_apart(item, targets)
-        return self._items
+            tensor = planned.tensor(entry, settings, format, memory)
+            tensors.append(planned.pieces(tensor, self._memories.__getitem__))
+        warn(planned.rehearse([each for pieces in tensors for each in pieces], settings))
+        if self._held is None:
+            self._held = [planned.held(entry) for entry in self._merged]
+        self._check_apart(self._held, targets)
+        device, items = planned.dicts.device, []
+        for entry, held, pieces in zip(self._merged, self._held, tensors, strict=True):
+            whole = Whole(entry, planned.method, device, targets, partial(_same, held))
+            # They are in memory in any case, so that all items are decided together.
+            items += whole.items(pieces, num_bytes=0)
+        return items
 
-    def _check_apart(self, item: _Resident, targets: Targets) -> None:
+    def _check_apart(self, inputs: Sequence[Held], targets: Targets) -> None:
+        """:raises PymergeError: a tensor of ``out`` is memory that the next merge reads."""
         if targets.given is None:
             return
-        target = targets.given[item.entry.name]
-        if item.held.holds(target):
-            raise PymergeError(
-                f"Session.merge: out, tensor {item.entry.name!r} is the memory of one of the "
-                "session's inputs, which the next merge would read; give a copy of the module"
-            )
+        taken = sorted(place for held in inputs for place in held.places if place[0] < place[1])
+        begins = [begin for begin, _ in taken]
+        ends = list(accumulate((end for _, end in taken), max))
+        for entry in self._merged:
+            for name in (entry.name, *entry.aliases):
+                first, last = span_of(targets.given[name])
+                before = bisect_left(begins, last)
+                if first < last and before and ends[before - 1] > first:
+                    raise PymergeError(
+                        f"Session.merge: out, tensor {name!r} is the memory of one of the "
+                        "session's inputs, which the next merge would read; give a copy of the "
+                        "module"
+                    )
 
     def _by_name(self, name: str, value: Any) -> Any:
         """An array [tensors, experts] as a function of the tensor's name."""
@@ -252,6 +234,10 @@ class Session:
                 f"each of {len(self.names)} merged tensors, in the order of Session.names"
             )
         return lambda tensor: rows[self._places[tensor]]
+
+
+def _same(held: Held) -> Held:
+    return held
 
 
 def mapped_tensors(folder: str | Path) -> dict[str, Any]:
@@ -297,9 +283,12 @@ def _by_layer(
     rows = np.asarray(weights, np.float64).tolist()
     if prefix is None or layers != set(range(len(layers))) or len(rows) != len(layers):
         found = f"{len(layers)} layers" if prefix is not None else "no numbered tensors"
+        if layers != set(range(len(layers))):
+            found += f" with gaps in their numbers ({', '.join(map(str, sorted(layers)))})"
         raise PymergeError(
             f"Session.by_layer: expected a row of weights for each layer, found {len(rows)} rows "
-            f"and {found}{f' of {prefix!r}' if prefix else ''}; name the layers by prefix"
+            f"and {found}{f' of {prefix!r}' if prefix else ''}; name the layers by prefix, or give "
+            "merge a mapping from parts of names to weights"
         )
     start = f"{prefix}." if prefix else ""
     found_rows = {

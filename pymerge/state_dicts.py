@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pymerge.in_memory.arguments import Settings
 from pymerge.in_memory.driver import nonfinite
-from pymerge.in_memory.planned import Lazy, plan, sentence_of_nonfinite, warn
+from pymerge.in_memory.items import Item, Whole
+from pymerge.in_memory.planned import plan, sentence_of_nonfinite, warn
 from pymerge.in_memory.targets import Targets
 
 if TYPE_CHECKING:
@@ -79,10 +81,12 @@ def merge_state_dicts(
     with planned.driver() as driver:
         settings = Settings(planned.method.spec, parameters, len(models))
         targets = Targets(out, planned.dicts.entries, planned.caller)
-        items = []
+        items: list[Item] = []
         for entry in planned.merged:
             tensor = planned.tensor(entry, settings, planned.format(entry, targets))
-            items.append(Lazy(planned, entry, tensor, targets))
+            hold = partial(planned.held, entry)
+            whole = Whole(entry, planned.method, planned.dicts.device, targets, hold)
+            items += whole.items(planned.pieces(tensor), entry.num_bytes)
         warn(planned.rehearse([item.tensor for item in items], settings))
         merged = [item for item in items if not planned.is_copy(item.entry, item.tensor)]
         written = driver.merge(merged)

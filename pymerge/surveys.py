@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from pymerge.engine.events import Snapshot
     from pymerge.plan import Job
     from pymerge.recipe import Recipe
+
+
+#: What the name of one of packed experts has behind that of the tensor.
+_EXPERT = re.compile(r"\[\d+\]$")
 
 
 @dataclass
@@ -79,6 +84,16 @@ def survey(
     if source:
         compared = _of_recipe(source, output, manifest, base, models, allow_pickle)
     else:
+        if base is None and not models:
+            found = (
+                f"{MANIFEST_NAME} with the recipe of a merge, found none"
+                if use_recipe
+                else "models to compare with when no recipe is used, found none"
+            )
+            raise PymergeError(
+                f"{output.reference}: expected {found}; name what to compare with by --base and "
+                "--models, or the recipe by --recipe"
+            )
         compared = _of_models(output, base, models, allow_pickle)
     plan = plan_survey(
         compared.jobs,
@@ -115,6 +130,7 @@ def _placed(jobs: Sequence[Job], figures: Mapping[str, Any]) -> list[TensorFigur
         split = None if stack is None else stack.split(job.name)
         layer, rest = (None, job.name) if split is None else split
         parts = ["*" if part.isdecimal() else part for part in rest.split(".")]
+        parts[-1] = _EXPERT.sub("[*]", parts[-1])
         placed.append(
             TensorFigures(
                 name=job.name,
@@ -136,11 +152,6 @@ def _of_models(
     """The reduced form: nothing but names and shapes says what belongs together."""
     from pymerge.engine.comparison import compare_checkpoints
 
-    if base is None and not models:
-        raise PymergeError(
-            f"{output.reference}: expected {MANIFEST_NAME} with the recipe of a merge, found none; "
-            "name what to compare with by --base and --models, or the recipe by --recipe"
-        )
     experts = {name: open_checkpoint(name, allow_pickle=allow_pickle) for name in models}
     opened = None if base is None else open_checkpoint(base, allow_pickle=allow_pickle)
     jobs = compare_checkpoints(output, opened, experts)
@@ -180,6 +191,7 @@ def _of_recipe(
             threads=1,
             allow_pickle=allow_pickle,
             allow_missing=True,
+            truncate_embeddings=True,
             opened={**inner, **moved},
         )
     except CheckpointError as error:

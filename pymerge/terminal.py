@@ -231,6 +231,7 @@ def print_plan(
     rows: list[dict[str, Any]] = [
         {
             "name": job.name,
+            "tensor": job.tensor_name,
             "kind": job.kind,
             "shape": list(job.shape),
             "format": job.format.name,

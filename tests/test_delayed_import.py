@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pymerge.integrations.delayed_import import delay
+from pymerge.integrations.delayed_import import deferred, delay, without
 
 
 @pytest.fixture
@@ -66,3 +66,53 @@ def test_what_is_imported_or_missing_is_left_alone(package: str) -> None:
     assert sys.modules[package] is before
     delay("no_such_package_anywhere")
     assert "no_such_package_anywhere" not in sys.modules
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module with a function and a class that notes in ``ran`` that it was executed."""
+    name = "deferred_sample"
+    (tmp_path / f"{name}.py").write_text(
+        "import pathlib\n"
+        "(pathlib.Path(__file__).parent / 'ran').touch()\n"
+        "def double(number, *, plus=0):\n"
+        "    return 2 * number + plus\n"
+        "class Thing:\n"
+        "    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_function_imports_its_module_when_it_is_called(module: str, tmp_path: Path) -> None:
+    with deferred(module, "double"):
+        double = importlib.import_module(module).double
+    assert module not in sys.modules
+    assert not (tmp_path / "ran").exists()
+    assert double(4, plus=1) == 9
+    assert (tmp_path / "ran").exists()
+    assert double is not sys.modules[module].double
+
+
+def test_other_names_import_the_module_at_once(module: str, tmp_path: Path) -> None:
+    with deferred(module, "double"):
+        thing = importlib.import_module(module).Thing
+        assert (tmp_path / "ran").exists()
+    assert isinstance(sys.modules[module].Thing(), thing)
+
+
+def test_what_is_imported_already_stays(module: str) -> None:
+    real = importlib.import_module(module)
+    with deferred(module, "double"):
+        assert sys.modules[module] is real
+
+
+def test_a_class_in_annotations_is_not_asked_for(package: str) -> None:
+    sample = importlib.import_module(package)
+    with without(sample, "Missing"):
+        assert sample.Missing.__name__ == "Missing"
+    assert not hasattr(sample, "Missing")
+    with without(sample, "four"):
+        assert sample.four == 4
+    assert sample.four == 4

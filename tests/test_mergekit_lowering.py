@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pymerge.checkpoint import TensorEntry
-from pymerge.errors import BackendError
+from pymerge.errors import BackendError, RecipeError
 from pymerge.formats import BF16, F16, F32, Format
-from pymerge.integrations import mergekit
+from pymerge.integrations import mergekit, mergekit_methods
 from pymerge.integrations.mergekit_files import STAGING, place_files
 from pymerge.integrations.mergekit_graph import Lowering, find_method
 from pymerge.integrations.mergekit_inputs import LeftToMergekit
@@ -104,6 +104,18 @@ def test_formats(
 def test_unscaled_passthrough_is_a_copy(scale: float | None) -> None:
     job = lowered("passthrough", Inputs(a=BF16), task("a", None, scale=scale), "float32")
     assert (job.kind, job.format) == ("copy", F32)
+
+
+def test_unscaled_passthrough_is_rounded_by_a_format_in_between() -> None:
+    job = lowered("passthrough", Inputs(BF16, a=F32), task("a", None), "float32")
+    assert (job.kind, job.working, job.format) == ("merge", BF16, F32)
+
+
+def test_a_parameter_that_only_mergekit_has_is_refused_by_our_maths() -> None:
+    entry = SimpleNamespace(id="a", tensor=None)
+    group = SimpleNamespace(entries=[entry], non_base=[entry], base=None)
+    with pytest.raises(RecipeError, match="ties has the parameter 'halo' in this release"):
+        mergekit_methods._merge(SimpleNamespace(name="ties"), group, {"halo": 2.0}, "accurate")
 
 
 def test_a_base_alone_is_a_copy() -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import pymerge
 
@@ -108,7 +108,8 @@ def test_files_beside_the_weights_are_left_out_when_asked(model_folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("size", "num_files"), [("1K", 3), ("2000", 2), ("0", 1), ("1b", 1), ("1.5KiB", 2)]
+    ("size", "num_files"),
+    [("1K", 3), ("2000", 2), ("0", 1), ("1b", 1), ("1.5KiB", 2), ("0.01m", 1), ("0.0000015B", 2)],
 )
 def test_shard_sizes_are_decimal_bytes(model_folder: Path, size: str, num_files: int) -> None:
     """The tensors have 1024, 512, 512 and 32 bytes; a shard ends before it would exceed SIZE."""
@@ -157,7 +158,7 @@ def test_different_architectures_need_a_word(model_folder: Path) -> None:
         (["--no-safe-serialization"], "pickles asked for, which are not written"),
         (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES=1"),
         (["--device", "mps"], "expected cpu, cuda or auto, found 'mps'"),
-        (["--out-shard-size", "many"], "out-shard-size"),
+        (["--out-shard-size", "5Q"], "number with K, M or B"),
         (["--numerics", "mergkit"], "numerics"),
     ],
 )
@@ -167,6 +168,18 @@ def test_what_cannot_be_done_is_said(model_folder: Path, options: list[str], sen
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert not (model_folder / "out").exists()
+
+
+def test_a_tensor_that_a_model_lacks(model_folder: Path) -> None:
+    file = model_folder / "llama-medicine" / "model.safetensors"
+    tensors = load_file(file)
+    name, _ = tensors.popitem()
+    save_file(tensors, file)
+    done = run("recipe.yml", "out", folder=model_folder)
+    assert (done.returncode, "give --allow-missing" in done.stderr) == (2, True), done.stderr
+    done = run("recipe.yml", "out", "--allow-missing", folder=model_folder)
+    assert done.returncode == 0, done.stderr
+    assert f"tensor '{name}' is not in ./llama-medicine: merged without" in done.stderr
 
 
 def test_a_model_in_the_way_stays_unless_told(model_folder: Path) -> None:

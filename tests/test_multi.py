@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pymerge
+from pymerge import api
 from pymerge.errors import PymergeError, RecipeError
 from pymerge.recipe import in_order, split_documents
 
@@ -199,8 +200,14 @@ def test_wrong_documents(text: str, message: str) -> None:
 
 def test_a_circle_is_an_error() -> None:
     assert in_order({"a": ["b"], "b": [], None: ["a"]}) == ["b", "a", None]
-    with pytest.raises(RecipeError, match="circle"):
-        in_order({"a": ["b"], "b": ["a"], None: []})
+    with pytest.raises(RecipeError, match="circle: a uses b uses a;"):
+        in_order({"a": ["b"], "b": ["c", "a"], "c": [], None: ["a"]})
+
+
+def test_a_misspelt_name_is_found(models: dict[str, str], tmp_path: Path) -> None:
+    text = CHAIN.format(**models).replace("model: soup", "model: suop")
+    with pytest.raises(RecipeError, match="by no other: soup; the model 'suop' resembles 'soup'"):
+        pymerge.merge_documents(text, tmp_path / "out")
 
 
 def test_what_nobody_uses_needs_a_folder(models: dict[str, str], tmp_path: Path) -> None:
@@ -219,3 +226,122 @@ def test_the_command(models: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "soup: made while it was read, never written" in done.stdout
+
+
+def test_warnings_of_a_document_that_is_written_are_shown(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    text = CHAIN.format(**models).replace("task_arithmetic", "ties")
+    text = text.replace("{weight: 0.7}", "{weight: 0.7, density: 0.5}")
+    (tmp_path / "recipe.yml").write_text(text.replace("name: shifted\n", "name: shifted\nxyz: 1\n"))
+    command = [Path(sys.executable).with_name("pymerge"), "multi", "recipe.yml", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "shifted: written for the time of the merge" in done.stdout
+    assert done.stderr.count("unknown key 'xyz' is ignored") == 1
+    assert "warning: shifted: xyz (line 11)" in done.stderr
+
+
+def as_both(
+    text: str, out: Path, memory: str = "256MiB"
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The output with documents made as they are read, and with each one written."""
+    pymerge.merge_documents(text, out / "read", memory=memory)
+    pymerge.merge_documents(text, out / "kept", memory=memory, intermediates=out / "inner")
+    return weights(out / "read"), weights(out / "kept")
+
+
+def test_what_is_wider_in_between_has_room(models: dict[str, str], tmp_path: Path) -> None:
+    """bfloat16 of float32 of bfloat16, in tiles that fill their blocks."""
+    generator = torch.Generator().manual_seed(6)
+    for name in "abc":
+        tensors = {"w.weight": torch.randn(2100, 999, generator=generator).bfloat16()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    text = """\
+name: wide
+merge_method: linear
+models: [{{model: {a}, parameters: {{weight: 0.3}}}}, {{model: {b}, parameters: {{weight: 0.6}}}}]
+dtype: float32
+---
+name: narrow
+merge_method: linear
+models: [{{model: wide, parameters: {{weight: 0.3}}}}, {{model: {c}, parameters: {{weight: 0.6}}}}]
+dtype: bfloat16
+---
+merge_method: linear
+models: [{{model: narrow, parameters: {{weight: 2}}}}, {{model: {a}, parameters: {{weight: 1}}}}]
+dtype: bfloat16
+"""
+    read, kept = as_both(text.format(**models), tmp_path / "out")
+    assert torch.equal(read["w.weight"], kept["w.weight"])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "merge_method: nuslerp\n",
+        "merge_method: model_stock\nbase_model: {base}\nparameters: {{filter_wise: true}}\n",
+    ],
+)
+def test_a_method_of_whole_rows_is_merged_by_itself(
+    models: dict[str, str], tmp_path: Path, method: str
+) -> None:
+    """A tile of the document that reads it need not begin with a row."""
+    generator = torch.Generator().manual_seed(6)
+    for name in ("a", "b", "c", "base"):
+        tensors = {"w.weight": torch.randn(2100, 999, generator=generator).bfloat16()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    text = (
+        "name: rows\n" + method + "models: [{{model: {a}, parameters: {{weight: 0.3}}}}, "
+        "{{model: {b}, parameters: {{weight: 0.6}}}}]\n---\nmerge_method: linear\n"
+        "models: [{{model: rows, parameters: {{weight: 2}}}}, "
+        "{{model: {c}, parameters: {{weight: 1}}}}]\n"
+    )
+    read, kept = as_both(text.format(**models), tmp_path / "out")
+    assert torch.equal(read["w.weight"], kept["w.weight"])
+
+
+WRITTEN = """\
+name: inner
+merge_method: slerp
+base_model: {base}
+models: [{{model: {a}}}]
+parameters: {{t: 0.5}}
+---
+merge_method: linear
+models: [{{model: inner, parameters: {{weight: 2}}}}, {{model: {c}, parameters: {{weight: 1}}}}]
+"""
+
+
+def test_what_others_put_beside_the_intermediates_stays(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    notes = tmp_path / "out.intermediates" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    pymerge.merge_documents(WRITTEN.format(**models), tmp_path / "out", memory="256MiB")
+    assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
+
+
+def test_a_finished_output_is_known_again(models: dict[str, str], tmp_path: Path) -> None:
+    """Though what it was merged of has to be written anew."""
+    for expected in (False, True):
+        done = pymerge.merge_documents(WRITTEN.format(**models), tmp_path / "out", memory="256MiB")
+        report = done.reports[None]
+        assert report is not None
+        assert report.done_before is expected
+        assert not (tmp_path / "out.intermediates").exists()
+
+
+def test_the_hash_covers_what_an_inner_document_computes_in(models: dict[str, str]) -> None:
+    """With mergekit's numerics the bytes depend on it."""
+    text = (
+        "name: inner\nmerge_method: linear\nmodels: [{{model: {a}, parameters: {{weight: 1}}}}]\n"
+    )
+    after = "\n---\nmerge_method: linear\nmodels: [{{model: inner, parameters: {{weight: 1}}}}]\n"
+    hashes = set()
+    for working in ("bfloat16", "float32"):
+        dtypes = f"dtype: {working}\nout_dtype: bfloat16"
+        recipe, opened = api.load_documents((text + dtypes + after).format(**models))
+        hashes.add(api.plan(recipe, opened=opened).hash)
+    assert len(hashes) == 2

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge.errors import CheckpointError, PlanError, RecipeError
+from pymerge.errors import CheckpointError, PlanError, PymergeError, RecipeError
 
 
 @pytest.fixture
@@ -122,3 +122,30 @@ def test_the_command_takes_one_rule_for_names(
     assert done.returncode == 0, done.stderr
     assert "warning: 2 tensors not in all files" in done.stderr
     assert set(load_file("out.safetensors")) == {"x", "y", "z"}
+
+
+def test_an_input_is_never_replaced(files: Path) -> None:
+    before = Path("a.safetensors").read_bytes()
+    with pytest.raises(PlanError, match=r"is the input 'a\.safetensors'"):
+        pymerge.merge_raw("recipe.yml", files / "a.safetensors", names="union", overwrite=True)
+    assert Path("a.safetensors").read_bytes() == before
+
+
+def test_a_method_that_writes_more_than_a_model_is_refused(files: Path) -> None:
+    recipe = {
+        "merge_method": "emr",
+        "base_model": "a.safetensors",
+        "models": [{"model": "c.safetensors"}],
+    }
+    with pytest.raises(RecipeError, match=r"found emr, which puts more beside"):
+        pymerge.merge_raw(recipe, "out.safetensors", names="intersection")
+
+
+def test_options_of_a_run_are_those_of_a_merge(files: Path) -> None:
+    save_file({"x": torch.full((4,), torch.inf), "y": torch.zeros(2, 2)}, "c.safetensors")
+    recipe = {"merge_method": "passthrough", "models": [{"model": "c.safetensors"}]}
+    options = {"non_finite": "fail", "sync": False, "cache_output": True, "trace": "trace.json"}
+    with pytest.raises(PymergeError, match="non-finite"):
+        pymerge.merge_raw(recipe, "out.safetensors", run=options)
+    assert Path("trace.json").exists()
+    assert not Path("out.safetensors").exists()

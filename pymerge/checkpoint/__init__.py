@@ -3,7 +3,12 @@
 from pymerge.checkpoint.adapter import AdapterTensor, LowRank, nominal_format, update_of
 from pymerge.checkpoint.config import config_json, layer_count, output_config
 from pymerge.checkpoint.config_parts import set_part_layers
-from pymerge.checkpoint.derived import DerivedTensor, refuse_derived, stored_entries
+from pymerge.checkpoint.derived import (
+    DerivedTensor,
+    entries_within,
+    refuse_derived,
+    stored_entries,
+)
 from pymerge.checkpoint.experts import is_packed, is_transposed_pack, laid_out_like
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
 from pymerge.checkpoint.index import INDEX_NAME
@@ -60,6 +65,7 @@ __all__ = [
     "companion_files",
     "config_json",
     "cut",
+    "entries_within",
     "find_statistics",
     "index_json",
     "is_head",

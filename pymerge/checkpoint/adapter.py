@@ -437,9 +437,9 @@ class _Application:
             self._refuse(
                 update.left,
                 f"{name} of {self._base.reference} stored as plain weights",
-                f"it made of {there.stored[0].format.name} codes",
-                "name the unquantised base, or merge that model alone by passthrough first: its "
-                "output is unquantised",
+                f"it made of {there.stored[0].format.name} elements as it is read",
+                "name the unquantised base, or merge that model alone first, by passthrough: its "
+                "output is plain",
             )
         self._changes[name] = AdapterTensor(
             name,

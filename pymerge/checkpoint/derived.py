@@ -63,6 +63,13 @@ def refuse_derived(entry: TensorEntry) -> None:
         )
 
 
+def entries_within(entry: TensorEntry) -> tuple[TensorEntry, ...]:
+    """The tensor and everything that it is made of, what is made in between among it."""
+    if isinstance(entry, DerivedTensor):
+        return (entry, *(part for each in entry.stored for part in entries_within(each)))
+    return (entry,)
+
+
 def stored_entries(entry: TensorEntry) -> tuple[TensorEntry, ...]:
     """What is read of files for a tensor, the matrices of an adapter apart."""
     if isinstance(entry, DerivedTensor):

@@ -140,6 +140,11 @@ def _instead(folder: Path) -> str:
 def read_manifest(folder: Path | str) -> Manifest:
     """The manifest of an output folder. Raises CheckpointError where it is missing or malformed."""
     path = Path(folder) / MANIFEST_NAME
+    if path.parent.is_file():
+        raise CheckpointError(
+            f"{folder}: expected a folder with {MANIFEST_NAME}, found a file; name the folder that "
+            "a merge wrote (single files of weights have no manifest)"
+        )
     content = read_json_object(path)
     if content is None:
         raise CheckpointError(f"{folder}: expected {MANIFEST_NAME}, found {_instead(path.parent)}")

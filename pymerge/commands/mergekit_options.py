@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pymerge.errors import PymergeError
 from pymerge.sizes import MAX_BYTES, parse_size
 
 _DANGER, _STORAGE, _OTHER = "Dangerous options", "Storage", "Miscellaneous"
@@ -132,6 +133,14 @@ Overwrite = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", rich_help_panel=_OURS, help="As --lazy-unpickle.")
 ]
+AllowMissing = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing",
+        rich_help_panel=_OURS,
+        help="Merge a tensor without the models that lack it.",
+    ),
+]
 Backend = Annotated[
     str | None,
     typer.Option(
@@ -147,6 +156,7 @@ Strict = Annotated[
     ),
 ]
 
+
 def shard_bytes(text: str) -> int:
     """Bytes of ``--out-shard-size``: mergekit's suffixes K, M and B, or ours; 0 is no bound.
 
@@ -154,8 +164,14 @@ def shard_bytes(text: str) -> int:
     """
     number, unit = text[:-1], text[-1:].lower()
     factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(unit)
-    if factor is not None and number.isdecimal():
-        size = parse_size(int(number) * factor, "--out-shard-size")
+    if factor is not None and number.replace(".", "", 1).isdecimal():
+        size = parse_size(round(float(number) * factor), "--out-shard-size")
     else:
-        size = parse_size(text, "--out-shard-size")
+        try:
+            size = parse_size(text, "--out-shard-size")
+        except PymergeError:
+            raise PymergeError(
+                "--out-shard-size: expected bytes as a number with K, M or B (thousands, millions, "
+                f"billions) or with MB, GB, MiB, GiB and the like, as in 5B or 2GiB, found {text!r}"
+            ) from None
     return size or MAX_BYTES

@@ -59,6 +59,7 @@ def merge(
     numerics: options.Numerics = "accurate",
     overwrite: options.Overwrite = False,
     allow_pickle: options.AllowPickle = False,
+    allow_missing: options.AllowMissing = False,
     backend: options.Backend = None,
     strict: options.Strict = False,
 ) -> None:
@@ -85,6 +86,7 @@ def merge(
         "shard_size": options.shard_bytes(out_shard_size),
         "strict": strict,
         "allow_pickle": allow_pickle or lazy_unpickle,
+        "allow_missing": allow_missing,
         "numerics": numerics,
         "random_seed": random_seed,
         "truncate_embeddings": unsafe_truncate_embeddings,

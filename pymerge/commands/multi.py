@@ -81,8 +81,9 @@ def multi(
         if report is None:
             typer.echo(f"{name}: made while it was read, never written")
             continue
+        prefix = "" if name is None else f"{name}: "
+        print_warnings([prefix + warning for warning in report.warnings])
         if name is not None and name in done.reasons:
             typer.echo(f"{name}: written for the time of the merge, since {done.reasons[name]}")
             continue
-        print_warnings(report.warnings)
         print_report(report)

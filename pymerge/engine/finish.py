@@ -16,16 +16,16 @@ from pymerge.checkpoint import (
     index_json,
     manifest_json,
     read_manifest,
+    tokenizer_files,
 )
 from pymerge.checkpoint.license import license_of
-from pymerge.checkpoint.sidefiles import tokenizer_files
 from pymerge.engine.journal import NAME as JOURNAL_NAME
 from pymerge.engine.journal import Record
 from pymerge.engine.pieces import checksums, nonfinite
 from pymerge.errors import CheckpointError, StorageError
 from pymerge.methods.spec import ParameterValue, value_text
 from pymerge.plan import Plan
-from pymerge.plan.merged import MergedTensor
+from pymerge.plan.merged import MergedCheckpoint
 from pymerge.report.card import CardBeside, CardModel, CardParameters, model_card
 
 CARD_NAME = "README.md"
@@ -140,8 +140,7 @@ def _card(plan: Plan) -> str:
 
 
 def _card_model(checkpoint: Checkpoint) -> CardModel:
-    inner = any(isinstance(entry, MergedTensor) for entry in checkpoint.tensors.values())
-    known = None if inner else license_of(checkpoint)
+    known = None if isinstance(checkpoint, MergedCheckpoint) else license_of(checkpoint)
     return CardModel(checkpoint.reference, checkpoint.hub_id, known)
 
 

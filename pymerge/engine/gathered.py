@@ -109,7 +109,11 @@ class _Gathering:
             here = np.flatnonzero(origins == number)
             for chosen, part, view in self._read(stored, rows[here], column, out.shape[1]):
                 with self._context.computing(entry.name, part.size * out.itemsize):
-                    out[here[chosen], part.columns] = self._as_bits(stored.format, view, part)
+                    step = max(1, PIECE // max(1, part.width))
+                    for begin in range(0, len(chosen), step):
+                        few = slice(begin, begin + step)
+                        bits = self._as_bits(stored.format, view, part, few)
+                        out[here[chosen[few]], part.columns] = bits
         if MEAN in wanted:
             here = np.flatnonzero(origins == MEAN)
             step = max(1, PIECE // out.shape[1])
@@ -130,7 +134,7 @@ class _Gathering:
             here = np.flatnonzero(numbers[:, number] >= 0)
             wanted = numbers[here, number]
             for chosen, part, view in self._read(stored, wanted, column, width):
-                bits = self._as_bits(stored.format, view, part)
+                bits = self._as_bits(stored.format, view, part, slice(None))
                 at = (here[chosen], part.columns)
                 total[at] = self._step(total[at] + _numbers(bits, entry.format))
         count = np.count_nonzero(numbers >= 0, axis=1).astype(total.dtype)
@@ -156,13 +160,13 @@ class _Gathering:
         mean = (total / max(1, len(real))).astype(_working(entry.format))
         return _rounded(mean, entry.format)
 
-    def _as_bits(self, format: Format, view: View, part: _Part) -> Bits:
-        """Rows of what was read, in the format of the tensor."""
-        shape = (part.num_rows, part.width)
-        if format == self._entry.format:
-            bits: Bits = memory_of(view).view(_bits(format)).reshape(shape)
-            return bits[part.inside]
-        numbers = _values(view).reshape(shape)[part.inside]
+    def _as_bits(self, format: Format, view: View, part: _Part, few: slice) -> Bits:
+        """A few of the rows of what was read, in the format of the tensor."""
+        read = memory_of(view).view(_bits(format)).reshape(part.num_rows, part.width)
+        bits: Bits = read[part.inside[few]]
+        if format == self._entry.format or not bits.size:
+            return bits
+        numbers = _values(float_view(bits.ctypes.data, format, bits.size)).reshape(bits.shape)
         return _rounded(numbers, self._entry.format)
 
     def _read(

@@ -35,7 +35,7 @@ class Settings:
 
     def __init__(self, spec: MethodSpec, given: Mapping[str, Any], num_models: int) -> None:
         self._spec, self._num_models = spec, num_models
-        self._given = {name.rstrip("_"): value for name, value in given.items()}  # lambda_
+        self._given = named(given)
         check_names(spec, self._given)
         self._by_name = [
             name
@@ -88,6 +88,20 @@ def _for_name(value: Any, tensor: str) -> Any:
     return cast(Callable[[str], Any], value)(tensor)
 
 
+def named(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by their names, which Python's ``lambda_`` is not.
+
+    :raises RecipeError: one is given in both spellings.
+    """
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.rstrip("_")
+        if name in found:
+            raise RecipeError(f"expected {name} or {name}_, found both")
+        found[name] = value
+    return found
+
+
 def check_names(spec: MethodSpec, given: Mapping[str, Any]) -> None:
     """:raises RecipeError: the method has no parameter of a name."""
     for name in given:
@@ -108,7 +122,10 @@ def checked(spec: MethodSpec, given: Mapping[str, Any], num_models: int) -> Valu
     for name, parameter in spec.parameters.items():
         value = given[name] if name in given else spec.default(name, preset)
         if value is None:
-            raise RecipeError(f"{spec.name} needs the parameter {name!r}: {parameter.doc}")
+            raise RecipeError(
+                f"{spec.name} needs the parameter {name!r} ({parameter.doc.rstrip('.')}), found no "
+                f"value; give {name}=... (in a mapping: for the tensor's name or for '*')"
+            )
         if parameter.scope == "shared":
             shared[name] = _checked(spec, parameter, value)
             continue
@@ -137,7 +154,9 @@ def _of_models(value: Any, num_models: int) -> list[Any]:
 
 
 def _checked(spec: MethodSpec, parameter: ParameterSpec, value: Any) -> ParameterValue:
+    if isinstance(value, np.generic) or (hasattr(value, "data_ptr") and not value.ndim):
+        value = value.item()
     try:
-        return check_value(value.item() if isinstance(value, np.generic) else value, parameter)
+        return check_value(value, parameter)
     except ValueError as error:
         raise RecipeError(f"{spec.name}: {error}") from None

@@ -253,6 +253,18 @@ def _plain(tensor: Any) -> Any:
     return tensor.detach().resolve_neg().contiguous()
 
 
+def sentences_of_others(entries: Iterable[Entry], donor: str) -> list[str]:
+    """What is copied though it is neither whole numbers nor truth values."""
+    found = [e for e in entries if not e.merged and BY_TORCH_NAME.get(e.dtype) is None]
+    if not found:
+        return []
+    dtypes = ", ".join(sorted({entry.dtype for entry in found}))
+    return [
+        f"{counted(len(found), 'tensor')} of {dtypes}, which no method merges, copied from "
+        f"{donor}: {', '.join(entry.name for entry in found[:5])}{', …' if found[5:] else ''}"
+    ]
+
+
 def sentence_of_dropped(names: Iterable[str], donor: str) -> str:
     """What is left out because the donor does not have it."""
     names = list(names)

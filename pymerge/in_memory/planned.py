@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,16 @@ from pymerge.errors import PymergeError
 from pymerge.formats import Format, promote
 from pymerge.in_memory.arguments import Settings
 from pymerge.in_memory.arrays import common_format, named_format, triangle
-from pymerge.in_memory.beside import Beside
-from pymerge.in_memory.driver import Driver, Inputs
-from pymerge.in_memory.models import Entry, StateDicts, sentence_of_dropped
-from pymerge.in_memory.targets import Targets, settle, view_of
-from pymerge.in_memory.tiles import cut, tile_elements
+from pymerge.in_memory.driver import Driver
+from pymerge.in_memory.items import Held
+from pymerge.in_memory.models import Entry, StateDicts, sentence_of_dropped, sentences_of_others
+from pymerge.in_memory.targets import Targets, settle
 from pymerge.machine import compute_threads
 from pymerge.methods.layout import unmatched
 from pymerge.methods.numerics import Numerics, backend_in, method_in
 from pymerge.methods.protocol import Method, Tensor
 from pymerge.ops.executor import Executor, make_executor, make_resident_executor
 from pymerge.ops.opset import choose_ops
-from pymerge.ops.view import View
 from pymerge.sizes import counted
 
 #: One mapping from names to statistics for each model.
@@ -107,6 +104,7 @@ class Planned:
     dtype: Format | None
     out_dtype: Format | None
     is_transposed: IsTransposed
+    numerics: Numerics
     siblings: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
@@ -119,8 +117,17 @@ class Planned:
         return Driver(self.method, self.executor, self.threads)
 
     def format(self, entry: Entry, targets: Targets) -> Format:
-        """The format of a merged tensor."""
-        asked = targets.format(entry.name) or self.out_dtype or self.dtype
+        """The format of a merged tensor.
+
+        :raises PymergeError: ``out`` has it in another one than was asked for.
+        """
+        given = targets.format(entry.name)
+        if given is not None and self.out_dtype is not None and self.out_dtype is not given:
+            raise PymergeError(
+                f"{self.caller}: out, tensor {entry.name!r} is {given.torch_name}, which it stays, "
+                f"but out_dtype is {self.out_dtype.torch_name}; give one of both"
+            )
+        asked = given or self.out_dtype or self.dtype
         return common_format(entry.formats) if asked is None else asked
 
     def tensor(
@@ -157,20 +164,42 @@ class Planned:
         return (
             self.method.spec.name == "passthrough"
             and tensor.model_parameters[0]["scale"] == 1.0
-            and entry.formats[-1] == tensor.format
+            and entry.formats[-1] == tensor.format == tensor.working
         )
 
-    def held(self, entry: Entry, tensor: Tensor) -> Held:
+    def pieces(
+        self, tensor: Tensor, memory_of: Callable[[str], dict[Hashable, Any] | None] | None = None
+    ) -> list[Tensor]:
+        """The tensors that it is merged as: packed experts one by one, as a merge through files
+        does; ``memory_of`` gives each what is remembered of it by its name."""
+        from pymerge.plan.experts import differs_by_expert
+
+        apart = (
+            self.numerics == "accurate"
+            and not (self.statistics.kind == "gram" and tensor.statistics)
+            and differs_by_expert(self.method, tensor)
+        )
+        if not apart:
+            return [tensor]
+        count, *shape = tensor.shape
+        names = [f"{tensor.name}[{number}]" for number in range(count)]
+        return [
+            replace(
+                tensor,
+                name=name,
+                shape=tuple(shape),
+                input_names=(name,) * len(tensor.input_names),
+                memory=None if memory_of is None else memory_of(name),
+            )
+            for name in names
+        ]
+
+    def held(self, entry: Entry) -> Held:
         """The inputs of a tensor, read now."""
         base, models = self.dicts.read(entry.name)
         grams, diagonals = self._collected(entry, models[0])
-        views = [view_of(model) for model in models]
-        size = tile_elements(self.method, tensor)
-        base_view = None if base is None else view_of(base)
-        tiles = cut(base_view, views, size, [view_of(each) for each in diagonals])
         settle(self.dicts.device)
-        arrays = [*models, *diagonals, *(() if base is None else (base,))]
-        return Held(Inputs(tiles, grams), arrays)
+        return Held(base, models, diagonals, grams)
 
     def _collected(self, entry: Entry, pattern: Any) -> tuple[list[Any], list[Any]]:
         """The Grams' triangles or the diagonals of a tensor."""
@@ -204,65 +233,6 @@ class Planned:
         self.method.check(tensors)
         sentences = settings.unmatched([tensor.name for tensor in tensors])
         return sentences + unmatched(tensors) + self.method.warnings(tensors)
-
-
-@dataclass(frozen=True)
-class Held:
-    """Inputs of a tensor and the arrays that own their memory."""
-
-    inputs: Inputs
-    arrays: list[Any]
-
-    @cached_property
-    def _places(self) -> list[tuple[int, int]]:
-        """Where the arrays begin and end."""
-        return [(a.data_ptr(), a.data_ptr() + a.numel() * a.element_size()) for a in self.arrays]
-
-    def holds(self, tensor: Any) -> bool:
-        """Whether a tensor shares memory with one of the arrays."""
-        begin = tensor.data_ptr()
-        last = begin + _extent(tensor) * tensor.element_size()
-        return any(begin < end and first < last for first, end in self._places)
-
-
-def _extent(tensor: Any) -> int:
-    """Elements from the first to the last in memory."""
-    if tensor.is_contiguous() or not tensor.numel():
-        return int(tensor.numel())
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    return int(1 + sum((size - 1) * stride for size, stride in strides))
-
-
-@dataclass
-class Lazy:
-    """An item that is read when it is merged and given back then."""
-
-    planned: Planned
-    entry: Entry
-    tensor: Tensor
-    targets: Targets
-    beside: Beside | None = None
-    _held: Held | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return self.entry.num_bytes
-
-    @contextmanager
-    def inputs(self) -> Iterator[Inputs]:
-        self._held = self.planned.held(self.entry, self.tensor)
-        try:
-            yield self._held.inputs
-        finally:
-            self._held = None
-
-    @contextmanager
-    def output(self) -> Iterator[View]:
-        if self._held is None:
-            raise RuntimeError(f"{self.entry.name}: its inputs are not held")
-        device, format = self.planned.dicts.device, self.tensor.format
-        with self.targets.output(self.entry, format, device, self._held.holds) as out:
-            yield out
 
 
 def plan(
@@ -303,6 +273,7 @@ def plan(
         siblings.setdefault(module, {})[last] = entry.shape
     if dicts.dropped:
         warn([sentence_of_dropped(dicts.dropped, dicts.donor_label)])
+    warn(sentences_of_others(dicts.entries, dicts.donor_label))
     return Planned(
         caller,
         chosen,
@@ -313,6 +284,7 @@ def plan(
         None if dtype is None else named_format(dtype),
         None if out_dtype is None else named_format(out_dtype),
         transposed_in(models[0] if base is None else base),
+        numerics,
         siblings,
     )
 

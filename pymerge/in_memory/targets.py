@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pymerge.errors import PymergeError
@@ -35,24 +34,21 @@ class Targets:
             return None
         return BY_TORCH_NAME[str(self.given[name].dtype).removeprefix("torch.")]
 
-    @contextmanager
-    def output(
+    def memory(
         self, entry: Entry, format: Format, device: str, taken: Callable[[Any], bool]
-    ) -> Iterator[View]:
-        """Memory for a merged tensor; when the context ends it is in its place. ``taken`` tells
-        whether a tensor is the memory of an input."""
+    ) -> Any:
+        """A contiguous tensor for a merged one, which :meth:`put` brings to its place where it is
+        not there already. ``taken`` tells whether a tensor is the memory of an input."""
         import torch
 
         target = None if self.given is None else self.given[entry.name].detach()
         direct = target is not None and str(target.device) == device and _is_plain(target)
         if direct and not taken(target):
-            written = target
-        else:
-            dtype = getattr(torch, str(format.torch_name))
-            written = torch.empty(entry.shape, dtype=dtype, device=device)
-            settle(device)
-        yield view_of(written)
-        self.put(entry, written)
+            return target
+        dtype = getattr(torch, str(format.torch_name))
+        written = torch.empty(entry.shape, dtype=dtype, device=device)
+        settle(device)
+        return written
 
     def copy(self, entry: Entry, tensor: Any) -> None:
         """Give the entry the elements of a tensor of the caller, which stays its own."""
@@ -68,8 +64,8 @@ class Targets:
                 continue
             target = self.given[name]
             with torch.no_grad():
-                if target.data_ptr() != tensor.data_ptr():
-                    target.detach().copy_(tensor)
+                if not _is_same(target, tensor):
+                    target.detach().copy_(tensor.clone() if _share(target, tensor) else tensor)
             _mark_changed(target)
 
     def _check(self, entries: Sequence[Entry]) -> None:
@@ -99,6 +95,12 @@ class Targets:
             raise PymergeError(
                 f"{where} has shape {list(target.shape)}, expected {list(entry.shape)}"
             )
+        if any(
+            step == 0 < size - 1 for size, step in zip(target.shape, target.stride(), strict=True)
+        ):
+            raise PymergeError(
+                f"{where} is expanded: many of its elements are one in memory; give its clone()"
+            )
         dtype = str(target.dtype).removeprefix("torch.")
         if not entry.merged and dtype != entry.dtype:
             raise PymergeError(f"{where} is {dtype}, expected {entry.dtype}: it is copied")
@@ -112,6 +114,23 @@ class Targets:
 
 def _is_plain(tensor: Any) -> bool:
     return bool(tensor.is_contiguous()) and not tensor.is_neg()
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two tensors of one shape are the same elements of memory in the same order."""
+    return bool(
+        one.data_ptr() == other.data_ptr()
+        and one.device == other.device
+        and one.dtype == other.dtype
+        and one.stride() == other.stride()
+        and one.is_neg() == other.is_neg()
+    )
+
+
+def _share(one: Any, other: Any) -> bool:
+    """Whether two tensors may have elements in common."""
+    first, second = one.untyped_storage(), other.untyped_storage()
+    return bool(first.data_ptr() == second.data_ptr())
 
 
 def _mark_changed(tensor: Any) -> None:

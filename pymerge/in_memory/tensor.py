@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pymerge.errors import PymergeError, RecipeError
-from pymerge.in_memory.arguments import check_names, checked
+from pymerge.in_memory.arguments import check_names, checked, named
 from pymerge.in_memory.arrays import (
     array_view,
     empty_like,
@@ -116,7 +116,7 @@ def merge_tensor(
     if spec.base == "input":
         base_view = None
     inputs = [*models, *(() if base_view is None else (base_view,))]
-    given = {key.rstrip("_"): value for key, value in parameters.items()}  # lambda_ for lambda
+    given = named(parameters)
     check_names(spec, given)
     shared, per_model = checked(spec, given, len(models))
     ops = choose_ops(dict.fromkeys(chosen.ops), asked=backend_in(numerics, backend))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pymerge.errors import BackendError, RecipeError
-from pymerge.integrations.delayed_import import delay
+from pymerge.integrations.delayed_import import deferred, delay, without
 from pymerge.integrations.mergekit import check_version, redirect
 from pymerge.integrations.mergekit_tally import LOG, TALLY
 from pymerge.methods.numerics import Numerics
@@ -50,7 +50,7 @@ def run_command(
     script = _script(Path(command[0]).name)
     # mergekit imports peft at once and uses it only for base+adapter; that import takes seconds.
     delay("peft")
-    main = script.load()
+    main = _load(script)
     redirect(
         numerics=numerics,  # type: ignore[arg-type]
         memory=memory,
@@ -71,6 +71,20 @@ def run_command(
     finally:
         if TALLY.merges:
             LOG.info("pymerge: %s", TALLY.as_dict())
+
+
+def _load(script: Any) -> Any:
+    """The function of a command. Those that merge mention the base class of all models in
+    annotations and a function for architectures without a definition, whose module takes long to
+    load."""
+    if script.name not in MERGING:
+        return script.load()
+    transformers = importlib.import_module("transformers")
+    with (
+        without(transformers, "PreTrainedModel"),
+        deferred("transformers.modeling_utils", "_get_tied_weight_keys"),
+    ):
+        return script.load()
 
 
 def _go_where_it_is(command: str) -> None:

@@ -90,6 +90,7 @@ class _Executor:
             pass
 
     def run(self, quiet: bool = False, desc: str | None = None) -> Iterator[tuple[Any, Any]]:
+        drafted = None
         try:
             if self._arguments[1].get("cached_values"):
                 raise LeftToMergekit("a graph with values that are there already")
@@ -97,9 +98,11 @@ class _Executor:
             drafted = self._draft(graph, self._lowering(graph), quiet)
         except LeftToMergekit as reason:
             TALLY.leave_whole(str(reason))
+        # Outside of the handler, so that an error of mergekit's is not shown as one while handling.
+        if drafted is None:
             yield from self._host(self._host_targets).run(quiet=quiet, desc=desc)
-            return
-        yield from self._run(graph, drafted, quiet)
+        else:
+            yield from self._run(graph, drafted, quiet)
 
     def _host(self, targets: Sequence[Any]) -> Any:
         args, kwargs = self._arguments
@@ -196,9 +199,15 @@ class _Executor:
         for sentence in plan.warnings:
             LOG.warning("%s", sentence)
         with Progress(quiet) as progress:
-            # As mergekit leaves them: in the page cache, and for the system to write out.
+            # As mergekit, which never waits for the device; past the page cache, which is faster.
             report = run_plan(
-                plan, out / STAGING, side_files={}, overwrite=True, sync=False, progress=progress
+                plan,
+                out / STAGING,
+                side_files={},
+                overwrite=True,
+                sync=False,
+                drop_cache=True,
+                progress=progress,
             )
         for sentence in report.warnings[len(plan.warnings) :]:
             LOG.warning("%s", sentence)

@@ -21,7 +21,7 @@ from pymerge.plan.model import Job
 VOCABULARY = ("mergekit.tokenizer.embed", "PermutedVocabulary")
 MERGE = ("mergekit.merge_methods.task_adapter", "ExecuteMergeMethodTask")
 #: Parameters that mergekit accepts and that change nothing: task_arithmetic prunes nothing.
-_WITHOUT_EFFECT = {"task_arithmetic": ("density", "rescale")}
+WITHOUT_EFFECT = {"task_arithmetic": ("density", "rescale")}
 
 
 class Lowering(NamedTuple):
@@ -80,7 +80,9 @@ class Lowering(NamedTuple):
         preset = shared.get(PRESET)
         of_models = {model: dict(v.items()) for model, v in task.input_parameters.items()}
         values = [self._values(of_models.get(model, {}), "model", preset) for model in models]
-        if spec.name == "passthrough" and values[0]["scale"] == 1.0:
+        # A format in between rounds, too.
+        straight = working in (nominal_format(entries[models[0]]), format)
+        if spec.name == "passthrough" and values[0]["scale"] == 1.0 and straight:
             return copy_job(name, entries[models[0]], format, str(models[0]))
         donor = self.inputs.checkpoints.get(str(base if base is not None else models[0]))
         return Job(
@@ -106,7 +108,7 @@ class Lowering(NamedTuple):
     ) -> dict[str, ParameterValue]:
         """Our parameters of one scope, with the values that mergekit resolved."""
         spec = self.method.spec
-        without_effect = _WITHOUT_EFFECT.get(spec.name, ())
+        without_effect = WITHOUT_EFFECT.get(spec.name, ())
         for key, value in given.items():
             if key not in spec.parameters and key not in without_effect and value is not None:
                 raise LeftToMergekit(f"{spec.name} with the parameter {key}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.integrations.hosts import by_tensor
+from pymerge.integrations.mergekit_graph import WITHOUT_EFFECT
 from pymerge.integrations.mergekit_run import seed_of_torch
 from pymerge.integrations.mergekit_tally import LOG
 from pymerge.methods.numerics import Numerics
@@ -43,6 +44,8 @@ _TYPES = {"float": float, "int": int, "bool": bool, "str": str}
 
 _replaced: dict[str, Any] = {}
 _registered: list[str] = []
+#: Who asked for them.
+_users: set[str] = set()
 
 
 def ours() -> tuple[str, ...]:
@@ -84,13 +87,15 @@ def restore_theirs() -> None:
     _replaced.clear()
 
 
-def register_ours() -> tuple[str, ...]:
+def register_ours(user: str) -> tuple[str, ...]:
     """Make the methods that mergekit lacks known to it.
 
+    :param user: what needs them, until it calls :func:`remove_ours`.
     :returns: their names; what another program registered under one of them stays.
     """
     from mergekit.merge_methods import registry
 
+    _users.add(user)
     known = {method.spec.name for method in registry.registered_methods()}
     for name in ours():
         if name not in known:
@@ -101,9 +106,10 @@ def register_ours() -> tuple[str, ...]:
     return tuple(_registered)
 
 
-def remove_ours() -> None:
-    """Undo :func:`register_ours`."""
-    if not _registered:
+def remove_ours(user: str) -> None:
+    """Undo :func:`register_ours`, once nobody needs them."""
+    _users.discard(user)
+    if _users or not _registered:
         return
     from mergekit.merge_methods import registry
 
@@ -202,7 +208,12 @@ def _merge(their_spec: Any, group: Any, parameters: dict[str, Any], numerics: Nu
     for name, value in parameters.items():
         parameter = spec.parameters.get(name)
         if parameter is None:
-            continue  # theirs alone, and without effect in this method
+            if value is not None and name not in WITHOUT_EFFECT.get(spec.name, ()):
+                raise RecipeError(
+                    f"{spec.name} has the parameter {name!r} in this release of mergekit, which "
+                    "pymerge does not know; call uninstall(), or install() without this method"
+                )
+            continue
         if parameter.scope == "model":
             values = [value[entry.id] for entry in entries]
             if any(each is not None for each in values):

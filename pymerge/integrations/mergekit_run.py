@@ -65,7 +65,7 @@ def assemble_jobs(
 def left_of(memory: int | str | None) -> int:
     """What a budget for the whole process leaves us beside what mergekit holds already.
 
-    :raises PlanError: nothing.
+    :raises PlanError: it leaves nothing.
     """
     if memory is None:
         return default_memory()

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pymerge import api
 from pymerge.engine import run_plan
+from pymerge.errors import BackendError, PlanError, RecipeError
 from pymerge.integrations.mergekit_executor import Settings
 from pymerge.integrations.mergekit_recipe import (
-    backends,
     check_architectures,
     files_beside,
     notes,
@@ -25,14 +25,27 @@ from pymerge.integrations.mergekit_tally import LOG, TALLY
 from pymerge.methods import specs
 from pymerge.sizes import MAX_BYTES
 
+if TYPE_CHECKING:
+    from pymerge.plan import Plan
+    from pymerge.recipe import Recipe
+
 RunMerge = Callable[..., None]
+
+
+class WrongRecipe(RecipeError, ValueError):
+    """A recipe is wrong; mergekit raises a ValueError then, which its callers catch."""
+
+
+class WrongPlan(PlanError, ValueError):
+    """Recipe and models do not fit; mergekit raises a ValueError then, which its callers catch."""
 
 
 def run_merge_with(host: RunMerge, settings: Settings) -> RunMerge:
     """A function that is used in the place of ``host``, mergekit's ``run_merge``.
 
-    What our engine does not have, a method or PyTorch files as output, is left to ``host`` with a
-    message; what it refuses is an error.
+    What our engine does not have, a method or PyTorch files as output, is left to ``host``, whose
+    executor is ours and says so. What it refuses is an error, also a ValueError where recipe or
+    models are wrong.
     """
 
     @functools.wraps(host)
@@ -42,45 +55,25 @@ def run_merge_with(host: RunMerge, settings: Settings) -> RunMerge:
         options: Any,
         config_source: str | None = None,
     ) -> None:
-        reason = _why_left(merge_config, options)
-        if reason is not None:
-            TALLY.leave_whole(reason)
+        if merge_config.merge_method not in specs() or not options.safe_serialization:
             host(merge_config, out_path, options=options, config_source=config_source)
             return
-        with _hub_cache(options.transformers_cache):
-            _merge(merge_config, Path(out_path), options, config_source, settings)
+        try:
+            with _hub_cache(options.transformers_cache):
+                _merge(merge_config, Path(out_path), options, config_source, settings)
+        except RecipeError as error:
+            raise WrongRecipe(str(error)) from error
+        except PlanError as error:
+            raise WrongPlan(str(error)) from error
 
     return run_merge
-
-
-def _why_left(merge_config: Any, options: Any) -> str | None:
-    """What we do not have of what is asked for."""
-    if merge_config.merge_method not in specs():
-        return f"the method {merge_config.merge_method}, which pymerge does not have"
-    if not options.safe_serialization:
-        return "PyTorch files as output (--no-safe-serialization)"
-    return None
 
 
 def _merge(
     merge_config: Any, out: Path, options: Any, source: str | None, settings: Settings
 ) -> None:
-    given = options.model_dump()
     recipe = api.load_recipe(merge_config.to_yaml() + "\n")
-    planned = plan_on(
-        recipe,
-        # "cpu" is what mergekit writes where nobody chose; then the engine chooses.
-        backends("auto" if options.device == "cpu" else options.device, False, settings.backend),
-        {
-            "memory": left_of(settings.memory),
-            "threads": options.num_threads or settings.threads,
-            "shard_size": max(0, options.out_shard_size) or MAX_BYTES,
-            "allow_pickle": options.lazy_unpickle,
-            "numerics": settings.numerics,
-            "random_seed": _seed(options, settings),
-            "truncate_embeddings": options.unsafe_truncate_embeddings,
-        },
-    )
+    planned = _planned(recipe, options, settings)
     if not options.allow_crimes:
         check_architectures(recipe, planned)
     files = files_beside(
@@ -90,12 +83,18 @@ def _merge(
         tokenizer=options.copy_tokenizer,
         source=(source or merge_config.to_yaml()).encode(),
     )
-    for sentence in (*notes(_beyond_defaults(options, given)), *planned.warnings):
+    for sentence in (*notes(_beyond_defaults(options)), *planned.warnings):
         LOG.warning("%s", sentence)
     with Progress(options.quiet) as progress:
-        # As mergekit leaves them: in the page cache, and for the system to write out.
+        # As mergekit, which never waits for the device; past the page cache, which is faster.
         report = run_plan(
-            planned, out, side_files=files, overwrite=True, sync=False, progress=progress
+            planned,
+            out,
+            side_files=files,
+            overwrite=True,
+            sync=False,
+            drop_cache=True,
+            progress=progress,
         )
     for sentence in report.warnings[len(planned.warnings) :]:
         LOG.warning("%s", sentence)
@@ -106,9 +105,30 @@ def _merge(
     TALLY.tensors += planned.num_tensors
 
 
-def _beyond_defaults(options: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _planned(recipe: Recipe, options: Any, settings: Settings) -> Plan:
+    """:raises BackendError: the backend that :func:`redirect` was given cannot run here."""
+    planning = {
+        "memory": left_of(settings.memory),
+        "threads": options.num_threads or settings.threads,
+        "shard_size": max(0, options.out_shard_size) or MAX_BYTES,
+        "allow_pickle": options.lazy_unpickle,
+        "numerics": settings.numerics,
+        "random_seed": _seed(options, settings),
+        "truncate_embeddings": options.unsafe_truncate_embeddings,
+    }
+    # mergekit writes "cpu" where nobody chose, and "cuda" where torch has one and "auto" was given.
+    if settings.backend is not None or options.device == "cpu":
+        return plan_on(recipe, (settings.backend,), planning)
+    try:
+        return plan_on(recipe, ("cuda", "triton"), planning)
+    except BackendError as error:
+        LOG.warning("device %s: pymerge chooses another backend: %s", options.device, error)
+        return plan_on(recipe, (None,), planning)
+
+
+def _beyond_defaults(options: Any) -> dict[str, Any]:
     """The options whose values are not mergekit's defaults."""
-    fields = type(options).model_fields
+    fields, given = type(options).model_fields, options.model_dump()
     return {name: value for name, value in given.items() if value != fields[name].default}
 
 
@@ -135,4 +155,4 @@ def _hub_cache(place: str | None) -> Iterator[None]:
         constants.HF_HUB_CACHE = before
 
 
-__all__ = ["RunMerge", "run_merge_with"]
+__all__ = ["RunMerge", "WrongPlan", "WrongRecipe", "run_merge_with"]

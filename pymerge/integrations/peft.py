@@ -39,6 +39,7 @@ from pymerge.integrations.peft_modules import (
 )
 from pymerge.methods import get_method
 from pymerge.names import listed, shown
+from pymerge.sizes import counted
 
 KNOWN = ("0.21",)
 ELECTIONS = ("total", "frequency")
@@ -80,6 +81,11 @@ def add_weighted_adapter(
     Raises also what PEFT raises.
     """
     host = _lora_model(model)
+    if len(weights) != len(adapters):
+        raise PymergeError(
+            f"expected a weight for each of {counted(len(adapters), 'adapter')} "
+            f"({', '.join(adapters)}), found {len(weights)}"
+        )
     kind = combination_type
     if kind in MATRICES and density is not None and "density" in get_method(kind).spec.parameters:
         parameters["density"] = density

@@ -21,6 +21,9 @@ NOT_MATRICES = (
     r"|^(output|proj_out)\.weight$|bias$"
 )
 
+#: What the name of one of packed experts has behind that of the tensor.
+_EXPERT = re.compile(r"\[\d+\]$")
+
 EXCLUDE = ParameterSpec(
     "exclude",
     "str",
@@ -170,8 +173,9 @@ def unmatched(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def _matches(name: str, pattern: object, tensor: str) -> bool:
+    """Patterns are for the names of whole tensors, of which one of packed experts is a part."""
     try:
-        return re.search(str(pattern), tensor) is not None
+        return re.search(str(pattern), _EXPERT.sub("", tensor)) is not None
     except re.error as error:
         raise RecipeError(
             f"{name}: expected a regular expression, found {pattern!r}: {error}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pymerge.checkpoint import Checkpoint
 from pymerge.errors import PlanError
 from pymerge.methods.protocol import Method
-from pymerge.plan.merged import MergedTensor
+from pymerge.plan.merged import MergedCheckpoint
 from pymerge.plan.model import Job
 from pymerge.plan.outline import Line
 from pymerge.recipe import ModelRef, Recipe
@@ -36,7 +36,8 @@ def collected(
         if method.spec.base != "input" and ref in {part.base for part in recipe.slices}:
             continue
         opened = checkpoints[ref]
-        is_merged = any(isinstance(entry, MergedTensor) for entry in opened.tensors.values())
+        # What lies in its folder is another model's.
+        is_merged = isinstance(opened, MergedCheckpoint)
         statistics = None if is_merged else find_statistics(opened, method.reads)
         if statistics is None:
             missing.append(str(ref))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pymerge.checkpoint import TensorEntry, cut, is_packed, update_of
 from pymerge.methods.numerics import Numerics
-from pymerge.methods.protocol import Method
+from pymerge.methods.protocol import Method, Tensor
 from pymerge.ops.opset import OpSet
 from pymerge.plan.model import Job, Piece
 
@@ -25,13 +25,19 @@ def split_experts(
     return [job for draft in drafts for job in _pieces(draft, method, ops)]
 
 
+def differs_by_expert(method: Method, tensor: Tensor) -> bool:
+    """Whether a tensor is packed experts of which the method makes something else one by one."""
+    if not tensor.num_elements or not is_packed(tensor.name, tensor.shape):
+        return False
+    costs = method.cost is not None and method.cost(tensor).num_bytes
+    return bool(method.looks(tensor) or method.model_wide(tensor) or costs)
+
+
 def _pieces(draft: Job, method: Method, ops: OpSet) -> Iterator[Job]:
-    if draft.kind == "copy" or not _is_packed(draft):
+    if draft.kind == "copy" or not _can_be_cut(draft):
         yield draft
         return
-    tensor = draft.tensor(ops)
-    costs = method.cost is not None and method.cost(tensor).num_bytes
-    if not (method.looks(tensor) or method.model_wide(tensor) or costs):
+    if not differs_by_expert(method, draft.tensor(ops)):
         yield draft
         return
     count, *shape = draft.shape
@@ -60,12 +66,9 @@ def _pieces(draft: Job, method: Method, ops: OpSet) -> Iterator[Job]:
         )
 
 
-def _is_packed(draft: Job) -> bool:
-    """Whether the job's tensor and everything it is made of can be taken apart."""
+def _can_be_cut(draft: Job) -> bool:
+    """Whether everything that the job's tensor is made of can be taken apart."""
     entries = draft.models if draft.base is None else (draft.base, *draft.models)
-    return (
-        draft.num_elements > 0
-        and is_packed(draft.name, draft.shape)
-        and not any(update_of(entry) is not None for entry in entries)
-        and all(entry.shape == draft.shape for entry in draft.statistics)
+    return not any(update_of(entry) is not None for entry in entries) and all(
+        entry.shape == draft.shape for entry in draft.statistics
     )

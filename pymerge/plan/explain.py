@@ -87,7 +87,8 @@ class ExplainedTensor:
     """One output tensor.
 
     ``note`` says why it is copied, empty where it is merged. ``working`` is the format that
-    mergekit would compute in. ``num_looks`` is how often its inputs are read from storage,
+    mergekit would compute in. ``tensor`` is its name, but for one of packed experts that of all of
+    them together. ``num_looks`` is how often its inputs are read from storage,
     ``bytes_read`` all bytes of these reads, ``matrix_bytes`` and ``flops`` what its matrices take.
     """
 
@@ -105,6 +106,7 @@ class ExplainedTensor:
     num_looks: float
     matrix_bytes: int
     flops: float
+    tensor: str
 
     @property
     def values(self) -> Iterator[ExplainedValue]:
@@ -164,7 +166,7 @@ def explain_plan(recipe: Recipe, plan: Plan, tensor: str | None = None) -> Expla
         numerics=plan.numerics,
         models=tuple(plan.checkpoints),
         tensors=tuple(chosen),
-        num_tensors=len(explained),
+        num_tensors=plan.num_tensors,
         unused=tuple(_unused(recipe, used)),
         without_effect=tuple(without_effect(recipe)),
         warnings=plan.warnings,
@@ -180,7 +182,7 @@ def _lines(recipe: Recipe, plan: Plan) -> dict[str, Line]:
 
 
 def _chosen(tensors: Sequence[ExplainedTensor], wanted: str) -> list[ExplainedTensor]:
-    exact = [each for each in tensors if each.name == wanted]
+    exact = [each for each in tensors if wanted in (each.name, each.tensor)]
     found = exact or [each for each in tensors if wanted in each.name]
     if not found:
         match = nearest(wanted, [each.name for each in tensors])
@@ -225,6 +227,7 @@ def _tensor(
         num_looks=plan.looks[job.name],
         matrix_bytes=cost.num_bytes,
         flops=cost.flops32 + cost.flops64 + cost.eigen64,
+        tensor=job.tensor_name,
     )
 
 

@@ -26,11 +26,19 @@ class MergedTensor(DerivedTensor):
 
     def fingerprint(self) -> str:
         values = [dict(each) for each in self.job.model_parameters]
-        kind = (self.job.kind, self.job.format.name, self.method.spec.name, self.job.name)
+        job = self.job
+        kind = (job.kind, job.format.name, job.working.name, self.method.spec.name, job.name)
         keys = [entry.key for entry in self.stored]
-        base = -1 if self.job.base is None else keys.index(self.job.base.key)
-        order = [keys.index(entry.key) for entry in self.job.models]
-        return json.dumps([kind, dict(self.job.parameters), values, base, order], sort_keys=True)
+        base = -1 if job.base is None else keys.index(job.base.key)
+        order = [keys.index(entry.key) for entry in job.models]
+        models = (values, order, job.model_numbers)
+        return json.dumps([kind, dict(job.parameters), models, base], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint(Checkpoint):
+    """The output of a merge that is not written; ``folder`` is where its configuration and its
+    tokenizer are from."""
 
 
 def why_written(plan: Plan) -> str | None:
@@ -44,6 +52,8 @@ def why_written(plan: Plan) -> str | None:
     for job in plan.jobs:
         if job.updates:
             return "an adapter is put on its models"
+        if job.granule > 1:
+            return f"{method.spec.name} merges whole rows"
         if job.kind == "merge" and (
             plan.model_wide or method.looks(job.tensor(plan.ops)) or job.cost.num_bytes
         ):
@@ -53,7 +63,7 @@ def why_written(plan: Plan) -> str | None:
 
 def as_checkpoint(plan: Plan, name: str) -> Checkpoint:
     """The output of a merge as a checkpoint called ``name``; :func:`why_written` is None."""
-    return Checkpoint(
+    return MergedCheckpoint(
         reference=name,
         folder=plan.donor.folder,
         headers=plan.headers,

@@ -16,7 +16,7 @@ from pymerge.checkpoint import (
     Header,
     ShardLayout,
     TensorEntry,
-    stored_entries,
+    entries_within,
 )
 from pymerge.formats import F32, Format
 from pymerge.methods.numerics import Numerics
@@ -224,8 +224,8 @@ class Job:
     def element_bytes(self) -> int:
         """Bytes of one element of the widest array that the job holds (bits of sub-byte formats
         are rounded up: such tensors are copied whole bytes at a time)."""
-        stored = (each.format for entry in self.sources for each in stored_entries(entry))
-        widest = max((self.format, *(entry.format for entry in self.sources), *stored), key=_bits)
+        read = (each.format for entry in self.sources for each in entries_within(entry))
+        widest = max((self.format, *read), key=_bits)
         return max(1, widest.bits // 8, F32.num_bytes if self.updates else 1)
 
     def tensor(

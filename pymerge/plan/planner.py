@@ -23,6 +23,7 @@ from pymerge.errors import CheckpointError, PlanError
 from pymerge.formats import Format, promote
 from pymerge.methods.numerics import Numerics, method_in
 from pymerge.methods.protocol import Method
+from pymerge.names import nearest
 from pymerge.plan.assemble import SHARD_BYTES, Drafted, assemble
 from pymerge.plan.collected import collected, with_statistics
 from pymerge.plan.layers import is_transposed
@@ -140,8 +141,11 @@ def _open(
         return open_checkpoint(ref.model, adapter=ref.adapter, allow_pickle=allow_pickle)
     except CheckpointError as error:
         places = [s.place for part in recipe.slices for s in part.sources if s.model == ref]
-        place = places[0] if places else "tokenizer_source"
-        raise CheckpointError(f"{place}: {error}") from error
+        if places or recipe.tokenizer is None:
+            raise CheckpointError(f"{places[0] if places else ref}: {error}") from error
+        near = nearest(ref.path, ("base", "union"))
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise CheckpointError(f"{recipe.tokenizer.place}: {error}{hint}") from error
 
 
 def draft_job(

@@ -38,7 +38,7 @@ def make_raw_plan(
 
     Every tensor stands at position 0 of a gradient. ``memory`` is bytes for the whole process.
 
-    :raises RecipeError: the recipe chooses layers.
+    :raises RecipeError: the recipe chooses layers, or its method writes more than one model.
     :raises CheckpointError: an input holds no tensors.
     :raises PlanError: the files do not fit together, or not into the memory.
     """
@@ -48,6 +48,11 @@ def make_raw_plan(
     chosen = _chosen(checkpoints, names)
     warnings = [*recipe.warnings, *unmatched_filters(recipe, chosen)]
     method = method_in(recipe.method, numerics)
+    if method.extras:
+        raise RecipeError(
+            f"a merge of bare files writes one file, found {recipe.method}, which puts more beside "
+            "the model; merge folders of models with it"
+        )
     partly: list[str] = []
     drafts = [
         draft_job(recipe, method, _line(name, merged, checkpoints), None, True, partly)

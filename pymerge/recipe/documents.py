@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pymerge.errors import RecipeError
-from pymerge.names import listed, shown
+from pymerge.names import shown
 from pymerge.recipe.yaml_tree import parse_yaml, worded
 
 _FOLDER_NAME = re.compile(r"[^/\\\0]{1,255}")
@@ -87,7 +87,19 @@ def in_order(uses: Mapping[str | None, Sequence[str]]) -> list[str | None]:
             if name not in done and all(each in done for each in used)
         ]
         if not ready:
-            circle = sorted(str(name) for name in uses if name not in done)
-            raise RecipeError(f"the documents {listed(circle)} use each other in a circle")
+            raise RecipeError(
+                f"the documents use each other in a circle: {' uses '.join(_circle(uses, done))}; "
+                "remove one of these uses"
+            )
         done.append(ready[0])
     return done
+
+
+def _circle(uses: Mapping[str | None, Sequence[str]], done: Sequence[str | None]) -> list[str]:
+    """Names of which each uses the next one, the first again as the last."""
+    path: list[str] = []
+    name = next(each for each in uses if each is not None and each not in done)
+    while name not in path:
+        path.append(name)
+        name = next(each for each in uses[name] if each not in done)
+    return [*path[path.index(name) :], name]

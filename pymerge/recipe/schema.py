@@ -31,6 +31,15 @@ from pymerge.recipe.tokenizer import (
 from pymerge.recipe.yaml_tree import Node, Path
 
 DTYPES = {name: fmt for name, fmt in BY_TORCH_NAME.items() if fmt.writable}
+_SHORT_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "double": "float64",
+}
 
 
 class EntryDocument(Document):
@@ -113,7 +122,7 @@ class RecipeDocument(Document):
             return None
         short = name.removeprefix("torch.")
         if short not in DTYPES:
-            match = nearest(short, DTYPES)
+            match = _SHORT_DTYPES.get(short.lower()) or nearest(short, DTYPES)
             hint = f"; did you mean {match!r}?" if match else ";"
             raise ValueError(f"unknown dtype {name!r}{hint} expected one of {listed(DTYPES)}")
         return short

@@ -29,8 +29,9 @@ def print_explanation(
     """Groups of equally treated tensors, or with ``every_tensor`` each by itself."""
     from rich.markup import escape
 
-    count = f"{counted(len(explanation.tensors), 'tensor')}"
-    if len(explanation.tensors) != explanation.num_tensors:
+    num_tensors = _num_tensors(explanation.tensors)
+    count = f"{counted(num_tensors, 'tensor')}"
+    if num_tensors != explanation.num_tensors:
         count += f" of {explanation.num_tensors}"
     console.print(f"[bold]{explanation.method}[/]: {escape(explanation.summary)}")
     console.print(f"{count}, numerics {explanation.numerics}")
@@ -63,7 +64,7 @@ def _print_group(group: Group, explanation: Explanation, console: Console) -> No
         rest = counted(len(names) - NAME_LINES, "more line")
         console.print(f"… {rest} of names (--all lists every tensor)")
     how = f"merged by {explanation.method}" if first.kind == "merged" else first.note
-    console.print(f"  {counted(len(tensors), 'tensor')}: {escape(how)}; {_cost(tensors)}")
+    console.print(f"  {counted(_num_tensors(tensors), 'tensor')}: {escape(how)}; {_cost(tensors)}")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in ("  input", "tensor" if len(tensors) == 1 else "", "format", ""):
         table.add_column(column, overflow="fold")
@@ -84,6 +85,11 @@ def _print_group(group: Group, explanation: Explanation, console: Console) -> No
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def _num_tensors(tensors: Sequence[ExplainedTensor]) -> int:
+    """Packed experts, each explained by itself, are one tensor."""
+    return len({each.tensor for each in tensors})
 
 
 def _print_defaults(group: Group, console: Console) -> None:

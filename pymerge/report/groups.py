@@ -21,7 +21,13 @@ class Group:
     @property
     def names(self) -> list[str]:
         """The names with their numbers drawn together."""
-        return drawn_together([tensor.name for tensor in self.tensors])
+        experts: dict[str, list[int]] = {}
+        for each in self.tensors:
+            number = each.name.removeprefix(each.tensor).strip("[]")
+            experts.setdefault(each.tensor, []).extend([int(number)] if number else [])
+        return drawn_together(
+            [f"{name}[{ranges(found)}]" if found else name for name, found in experts.items()]
+        )
 
 
 def grouped(tensors: Iterable[ExplainedTensor]) -> list[Group]:

@@ -10,7 +10,7 @@ import pytest
 
 import pymerge
 from pymerge.checkpoint import find_statistics, open_checkpoint
-from pymerge.errors import CheckpointError
+from pymerge.errors import CheckpointError, PlanError
 
 MODEL = {
     "q.weight": ("BF16", [3, 4]),
@@ -211,3 +211,14 @@ def test_a_merge_over_a_model_removes_what_was_collected_of_it(model_folder):
         (place / name).write_text("{}")
     pymerge.merge(recipe, out, overwrite=True)
     assert [path.name for path in place.iterdir()] == ["notes.txt"]
+
+
+def test_those_beside_a_donor_are_not_its_merges(write, tmp_path):
+    """A document that only copies reads its donor's elements and is another model all the same."""
+    folder = write()
+    text = (
+        f"name: inner\nmerge_method: passthrough\nmodels: [{{model: {folder}}}]\n---\n"
+        f"merge_method: fisher\nmodels: [{{model: inner}}, {{model: {folder}}}]\n"
+    )
+    with pytest.raises(PlanError, match="none beside inner;"):
+        pymerge.merge_documents(text, tmp_path / "out")

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pymerge
 from pymerge import api
 from pymerge.checkpoint import MANIFEST_NAME
 from pymerge.engine.output import Output
 from pymerge.errors import CheckpointError, PlanError
+from pymerge.report.groups import grouped
 
 EXPERTS, INNER, WIDTH = 4, 24, 40
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
@@ -270,3 +272,32 @@ def test_a_layout_that_is_not_known_is_refused(models, tmp_path):
     fewer = save(tmp_path / "fewer", short)
     with pytest.raises((CheckpointError, PlanError), match="experts"):
         api.plan(recipe("ties", models["packed"][0], [fewer, models["packed"][2]]))
+
+
+def test_patterns_are_for_the_names_of_whole_tensors(models):
+    base, *tuned = models["packed"]
+    asked = recipe("tsv_m", base, tuned)
+    asked["parameters"] = {**asked.get("parameters", {}), "layers": r"down_proj$"}
+    plan = api.plan(asked, strict=True)
+    assert {job.tensor_name for job in plan.jobs if job.cost.num_bytes} == {DOWN}
+
+
+def test_an_explanation_counts_packed_experts_as_one_tensor(models):
+    base, *tuned = models["packed"]
+    found = api.explain(recipe("ties", base, tuned))
+    assert found.num_tensors == 5
+    assert len({each.tensor for each in found.tensors}) == 5
+    assert len(found.tensors) == 5 - 2 + 2 * EXPERTS
+    (group, *_) = [
+        each for each in grouped(found.tensors) if DOWN in {t.tensor for t in each.tensors}
+    ]
+    assert f"down_proj[{{0-{EXPERTS - 1}}}]" in " ".join(group.names)
+    experts = api.explain(recipe("ties", base, tuned), DOWN).tensors
+    assert [each.name for each in experts] == [f"{DOWN}[{i}]" for i in range(EXPERTS)]
+
+
+def test_a_survey_draws_the_packed_experts_of_a_layer_together(models, tmp_path):
+    base, *tuned = models["packed"]
+    api.merge(recipe("ties", base, tuned), tmp_path / "out")
+    modules = pymerge.survey(tmp_path / "out").modules
+    assert modules["mlp.experts.down_proj[*]"].num_tensors == EXPERTS

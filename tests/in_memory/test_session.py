@@ -180,3 +180,37 @@ def test_mistakes_are_named(nets, net):
         pymerge.Session(nets.base, nets.models[:1], method="slerp") as session,
     ):
         session.merge(weights=1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "then"),
+    [
+        ("nuslerp", {"nuslerp_flatten": True}, {"nuslerp_flatten": False, "weight": [0.3, 0.7]}),
+        ("model_stock", {"filter_wise": False}, {"filter_wise": True}),
+        (
+            "breadcrumbs",
+            {"trim_scope": "tensor"},
+            {"trim_scope": "row", "density": 0.7, "weight": 0.5},
+        ),
+    ],
+)
+def test_tiles_end_with_rows_where_this_call_asks_for_it(
+    method, first, then, monkeypatch, assert_same_bytes
+):
+    monkeypatch.setattr("pymerge.in_memory.tiles.TILE_ELEMENTS", 4096)
+    models = [{"a": torch.randn(99, 101)} for _ in range(3)]
+    expected = pymerge.merge_state_dicts(models[0], models[1:], method=method, **then)
+    with pymerge.Session(models[0], models[1:], method=method) as session:
+        session.merge(**{**then, **first})
+        assert_same_bytes(session.merge(**then), expected)
+
+
+def test_out_may_share_memory_with_no_input_of_any_tensor():
+    base, model = ({"a": torch.randn(8), "b": torch.randn(8)} for _ in range(2))
+    given = {"method": "ties", "weight": 1.0, "density": 0.5}
+    with pymerge.Session(base, [model], **given) as session:
+        for taken in (model["b"], base["b"].detach()):
+            with pytest.raises(pymerge.PymergeError, match="the memory of one of the session's"):
+                session.merge(out={"a": taken, "b": torch.zeros(8)})
+        expected = pymerge.merge_state_dicts(base, [model], **given)
+        assert session.merge()["a"].tolist() == expected["a"].tolist()

@@ -280,3 +280,48 @@ def test_both_numerics_are_those_of_files(method, cases, nets, tmp_path, assert_
         assert_same_bytes(session.merge(), expected)
     accurate = pymerge.merge_state_dicts(base, models, **case.call(nets), dtype="bfloat16")
     assert any(not found[name].equal(accurate[name]) for name in found)
+
+
+def test_out_may_be_another_view_of_an_input():
+    model = {"w": torch.arange(9.0).reshape(3, 3)}
+    expected = model["w"].clone()
+    out = {"w": model["w"].T}
+    pymerge.merge_state_dicts(None, [model], method="passthrough", out=out)
+    assert torch.equal(out["w"], expected)
+
+
+def test_an_expanded_out_is_refused():
+    given = {"method": "task_arithmetic", "weight": 1.0, "out": {"w": torch.zeros(1).expand(4)}}
+    with pytest.raises(pymerge.PymergeError, match="'w' is expanded"):
+        pymerge.merge_state_dicts({"w": torch.zeros(4)}, [{"w": torch.ones(4)}], **given)
+
+
+def test_a_parameter_is_given_once_and_may_be_a_tensor():
+    base, model = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+    given = {"method": "task_arithmetic", "weight": torch.tensor(0.5)}
+    found = pymerge.merge_state_dicts(base, [model], lambda_=torch.tensor(0.5), **given)
+    assert found["w"].tolist() == [0.25] * 4
+    with pytest.raises(pymerge.RecipeError, match="expected lambda or lambda_, found both"):
+        pymerge.merge_state_dicts(base, [model], **given, **{"lambda": 1.0, "lambda_": 2.0})
+
+
+def test_numbers_that_no_method_merges_are_told_of():
+    base = {"w": torch.zeros(4), "phase": torch.zeros(4, dtype=torch.complex64)}
+    model = {"w": torch.ones(4), "phase": torch.ones(4, dtype=torch.complex64)}
+    with pytest.warns(UserWarning, match="1 tensor of complex64, .* copied from base: phase"):
+        pymerge.merge_state_dicts(base, [model], method="task_arithmetic", weight=1.0)
+
+
+def test_out_and_another_out_dtype_are_refused():
+    base, model, out = ({"w": torch.zeros(4)} for _ in range(3))
+    given = {"method": "task_arithmetic", "weight": 1.0, "out": out}
+    pymerge.merge_state_dicts(base, [model], out_dtype="float32", **given)
+    with pytest.raises(pymerge.PymergeError, match=r"'w' is float32, .* out_dtype is bfloat16"):
+        pymerge.merge_state_dicts(base, [model], out_dtype="bfloat16", **given)
+
+
+def test_a_passthrough_is_rounded_by_a_dtype_in_between():
+    model = {"w": torch.randn(8)}
+    given = {"method": "passthrough", "dtype": "bfloat16", "out_dtype": "float32"}
+    found = pymerge.merge_state_dicts(None, [model], numerics="mergekit", **given)
+    assert torch.equal(found["w"], model["w"].bfloat16().float())

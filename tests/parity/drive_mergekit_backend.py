@@ -3,7 +3,7 @@
 Executed by the Python of mergekit's own environment: ``python drive_mergekit_backend.py JOBS.json
 OUT``, where JOBS is a list of {"name", "recipe": text} with "options" (fields of mergekit's
 MergeOptions) and "numerics" where a job has some. With "seam" "methods" the maths is replaced and
-not the executor.
+not the executor, with "whole" all of run_merge.
 Writes OUT/plain/NAME and OUT/ours/NAME, with error.txt where a merge failed, and OUT/NAME.json with
 what our engine did. With "in_memory" the tensors are returned instead, and saved here.
 """
@@ -66,11 +66,12 @@ def main() -> None:
             if by_method
             else (mergekit.redirect, mergekit.restore)
         )
-        use(numerics=job.get("numerics", "accurate"))
+        whole = {"whole": True} if job.get("seam") == "whole" else {}
+        use(numerics=job.get("numerics", "accurate"), **whole)
         run(job, out / "ours" / job["name"])
         leave()
         after = mergekit.TALLY.as_dict()
-        done = {key: after[key] - before[key] for key in ("merges", "tensors")}
+        done = {key: after[key] - before[key] for key in ("merges", "planned", "tensors")}
         for kind in ("left", "whole"):
             changes = {key: n - before[kind].get(key, 0) for key, n in after[kind].items()}
             done[kind] = {key: n for key, n in changes.items() if n}

@@ -216,11 +216,13 @@ def refusals(model):
             "majority_sign_method": "plurality",
         },
         "weights": {"combination_type": "robust_merge"},
+        "fewer weights": {"combination_type": "linear", "weights": [1.0]},
     }
     found = {}
     for name, options in given.items():
         try:
-            ours.add_weighted_adapter(model, ["one", "one"], [1.0, 0.5], "sum", **options)
+            weights = options.pop("weights", [1.0, 0.5])
+            ours.add_weighted_adapter(model, ["one", "one"], weights, "sum", **options)
         except PymergeError as error:
             found[name] = str(error)
             if "sum" in model.peft_config:

@@ -1,4 +1,4 @@
-"""Sixty recipes through mergekit 0.1.5 and through pymerge-yaml in mergekit's numerics.
+"""Sixty recipes through mergekit 0.1.5, and in its numerics through pymerge-yaml and `pymerge run`.
 
 Weights are equal to the bit outside sort ties; configuration, index, tokenizer and card say the
 same up to the differences that docs/differences.md lists. Each of these is undone or left out here
@@ -29,6 +29,8 @@ HERE = Path(__file__).parent
 RECIPES = {r["name"]: r for r in yaml.safe_load_all((HERE / "recipes.yml").read_text())}
 SEED = 11
 SHARD = 100_000
+#: What runs in mergekit's environment: mergekit, and its command on our engine.
+SIDES: dict[str, dict[str, str]] = {"theirs": {}, "run": {"numerics": "mergekit"}}
 #: Tokenizers that are no model.
 KINDS, TOKENIZER_KEYS = ("base", "union"), ("tokenizer_source", "source")
 
@@ -54,6 +56,7 @@ class Done:
 
     theirs: Path
     ours: Path
+    run: Path
     errors: tuple[str, ...]
 
 
@@ -72,11 +75,13 @@ def done(
         document = placed({key: value for key, value in recipe.items() if key != "name"})
         text = yaml.safe_dump(document, sort_keys=False)
         (work / "recipes" / f"{name}.yml").write_text(text)
-        arguments = [f"recipes/{name}.yml", f"theirs/{name}", "--quiet"]
-        arguments += ["--random-seed", str(SEED), "--out-shard-size", str(SHARD)]
-        arguments += ["--lora-merge-cache", "adapters", "--allow-crimes"]
-        error = f"theirs-{name}.error"
-        jobs.append({"command": "mergekit-yaml", "arguments": arguments, "error": error})
+        options = ["--quiet", "--random-seed", str(SEED), "--out-shard-size", str(SHARD)]
+        options += ["--lora-merge-cache", "adapters", "--allow-crimes"]
+        for side in SIDES:
+            arguments = [f"recipes/{name}.yml", f"{side}/{name}", *options]
+            job = {"command": "mergekit-yaml", "arguments": arguments}
+            jobs.append({**job, **SIDES[side], "error": f"{side}-{name}.error"})
+    jobs.sort(key=lambda job: "numerics" in job)
     (work / "jobs.json").write_text(json.dumps(jobs))
     environment = {
         "HF_HUB_OFFLINE": "1",
@@ -91,13 +96,14 @@ def done(
     os.chdir(work)
     try:
         for name in RECIPES:
-            file = work / f"theirs-{name}.error"
-            errors = [file.read_text()] if file.exists() else []
+            files = [work / f"{side}-{name}.error" for side in SIDES]
+            errors = [file.read_text() for file in files if file.exists()]
             try:
                 merge_with_pymerge(name)
             except PymergeError as error:
                 errors.append(str(error))
-            found[name] = Done(work / "theirs" / name, work / "ours" / name, tuple(errors))
+            folders = [work / side / name for side in ("theirs", "ours", "run")]
+            found[name] = Done(*folders, tuple(errors))
     finally:
         os.chdir(before)
     return found
@@ -146,18 +152,19 @@ def test_there_are_sixty_recipes() -> None:
     assert len(RECIPES) == 60
 
 
+@pytest.mark.parametrize("way", ["ours", "run"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_weights(done: dict[str, Done], name: str) -> None:
+def test_weights(done: dict[str, Done], name: str, way: str) -> None:
     each = done[name]
     assert not each.errors
-    theirs, ours = weights(each.theirs), weights(each.ours)
-    if name in REPACKED:
+    theirs, ours = weights(each.theirs), weights(getattr(each, way))
+    if name in REPACKED and way == "ours":
         ours = as_packed(ours)
     assert ours.keys() == theirs.keys()
     for tensor, expected in theirs.items():
         assert ours[tensor].shape == expected.shape, tensor
         assert ours[tensor].dtype == expected.dtype, tensor
-        if name in PRODUCTS:
+        if name in PRODUCTS and way == "ours":
             torch.testing.assert_close(ours[tensor], expected, rtol=3e-7, atol=3e-9)
             continue
         wrong = bits(ours[tensor]) != bits(expected)
@@ -202,6 +209,16 @@ def test_configuration(done: dict[str, Done], name: str) -> None:
 def as_dict(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
     return {k: v for k, v in found.items() if k not in ("_name_or_path", "transformers_version")}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_files_that_mergekit_writes_around_us(done: dict[str, Done], name: str) -> None:
+    """Under ``pymerge run`` all but the weights is mergekit's own work."""
+    each = done[name]
+    files = {path.name for path in each.theirs.iterdir() if path.suffix != ".safetensors"}
+    assert {p.name for p in each.run.iterdir() if p.suffix != ".safetensors"} == files
+    for file in files - {"README.md"}:  # the card names its own folder
+        assert (each.run / file).read_bytes() == (each.theirs / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -453,3 +453,22 @@ def test_what_is_not_ours_is_left_to_mergekit(name: str, merged: Path) -> None:
     check_tensors(theirs, ours, ROUNDING)
     check_files(theirs, ours)
     assert done["tensors"] == len(tensors_of(ours)) - count
+
+
+def test_each_seam_leaves_the_other_as_it_is(peers_python: Path) -> None:
+    code = """
+from mergekit.merge_methods import registry
+from pymerge.integrations import mergekit
+before = dict(registry._METHODS)
+mergekit.install()
+installed = dict(registry._METHODS)
+mergekit.redirect()
+mergekit.restore()
+assert registry._METHODS == installed and "pcb" in installed
+mergekit.redirect()
+mergekit.uninstall()
+assert "pcb" in registry._METHODS and registry._METHODS["ties"] is before["ties"]
+mergekit.restore()
+assert registry._METHODS == before
+"""
+    subprocess.run([peers_python, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -39,7 +39,7 @@ def excluded(mode: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run_suite(peers_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs the suite against native, executor or methods, once each; gives its report."""
+    """Runs the suite against native, engine, executor or methods, once each; gives its report."""
     if not (SUITE / "tests").is_dir():
         pytest.skip(f"mergekit's tests are not in {SUITE}: run `make bench-peers`")
     done: dict[str, dict[str, Any]] = {}
@@ -71,7 +71,7 @@ def passed(report: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["executor", "methods"])
+@pytest.mark.parametrize("mode", ["engine", "executor", "methods"])
 def test_passes_as_natively(mode: str, run_suite: Run) -> None:
     native = passed(run_suite("native"))
     assert len(native) >= FEWEST_PASSED
@@ -81,9 +81,18 @@ def test_passes_as_natively(mode: str, run_suite: Run) -> None:
 
 
 @pytest.mark.slow
-def test_merges_are_run_by_our_engine(run_suite: Run) -> None:
+def test_merges_are_planned_and_run_by_our_engine(run_suite: Run) -> None:
+    done = run_suite("engine")["lowered"]
+    assert done["merges"] == done["planned"] >= FEWEST_MERGES
+    assert done["tensors"] >= FEWEST_TENSORS
+    assert (done["left"], done["whole"]) == ({}, {})
+
+
+@pytest.mark.slow
+def test_planned_merges_are_run_by_our_engine(run_suite: Run) -> None:
     lowered = run_suite("executor")["lowered"]
     assert lowered["merges"] >= FEWEST_MERGES
+    assert lowered["planned"] == 0
     assert lowered["tensors"] >= FEWEST_TENSORS
     # What mergekit ran or computed itself: only what the tests expect it to refuse.
     assert lowered["left"] == {"inputs of different shapes": 6}

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "backends.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 HOSTS = {
+    "mergekit": ("PYMERGE_PEERS", ".venv-peers", "mergekit"),
     "FusionBench": ("PYMERGE_FUSIONBENCH", ".venv-fusionbench", "fusion_bench"),
     "sd-mecha": ("PYMERGE_PEERS", ".venv-peers", "sd_mecha"),
     "PEFT": ("PYMERGE_PEERS", ".venv-peers", "peft"),

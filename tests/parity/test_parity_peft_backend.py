@@ -93,6 +93,7 @@ def test_refusals_leave_no_adapter(report: dict[str, Any]) -> None:
         "model-wide": "needs the whole model, but PEFT merges one tensor at a time",
         "election": "expected frequency, total",
         "weights": "expected weights of 1",
+        "fewer weights": "expected a weight for each of 2 adapters (one, one), found 1",
         "no adapters": "expected a PeftModel with LoRA adapters",
     }
     assert report["refusals"].keys() == expected.keys()

@@ -415,3 +415,25 @@ def test_documents_that_build_on_one_another(merged, tmp_path):
     recipe.write_text("a: [\n---\nb: 1\n")
     with pytest.raises(RecipeError, match=r"documents\.yml: not valid YAML"):
         pymerge.explain(recipe)
+
+
+def test_a_merge_of_truncated_embeddings(tmp_path):
+    """The recipe does not say that they were: the shapes do."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, rows in (("base", 40), ("expert", 43)):
+        (tmp_path / name).mkdir()
+        tensors[name] = torch.randn(rows, 8)
+        save_file({"model.embed_tokens.weight": tensors[name]}, tmp_path / name / "m.safetensors")
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "expert"), "parameters": {"weight": 1.0}}],
+    }
+    plan = pymerge.plan(recipe, truncate_embeddings=True)
+    pymerge.merge(plan, tmp_path / "out")
+    found = survey(tmp_path / "out").overall
+    assert found.elements == 40 * 8
+    wanted = torch.linalg.vector_norm((tensors["expert"][:40] - tensors["base"]).double())
+    assert found.delta_norm == pytest.approx(float(wanted), rel=1e-6)

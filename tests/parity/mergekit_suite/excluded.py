@@ -5,10 +5,21 @@ A key is the part of a test's identifier before its parameters.
 
 from __future__ import annotations
 
+_ROWS = (
+    "expects the donor's vocabulary size in config.json beside fewer rows; pymerge writes how many "
+    "rows there are, so that the output can be loaded"
+)
 _BATCHES = "counts how mergekit's own kernels are batched, which ours replace"
 
 #: By what the suite runs against.
 EXCLUDED: dict[str, dict[str, str]] = {
+    "engine": {
+        "tests/test_embedding_truncation.py::test_truncation_preserves_donor_config": _ROWS,
+        "tests/test_embedding_truncation.py::test_truncation_copies_out_of_range_metadata": _ROWS,
+        "tests/test_embedding_truncation.py::test_default_and_allow_crimes_do_not_truncate": (
+            "expects mergekit's words; pymerge refuses, too, with a ValueError of other words"
+        ),
+    },
     "executor": {},
     "methods": {
         "tests/test_batched_merges.py::test_different_dtypes_and_input_counts_partition_batches": (

@@ -1,7 +1,8 @@
 """A pytest plug-in (``-p plugin``) that lets mergekit's own tests run against pymerge.
 
-``MERGEKIT_SUITE`` says against what: ``native`` leaves mergekit alone, ``executor`` replaces its
-executor, ``methods`` its maths. ``MERGEKIT_SUITE_REPORT`` names a JSON file that is written at the
+``MERGEKIT_SUITE`` says against what: ``native`` leaves mergekit alone, ``engine`` replaces
+``run_merge`` as a whole (and the executor for what does not go through it), ``executor`` the
+executor, ``methods`` the maths. ``MERGEKIT_SUITE_REPORT`` names a JSON file that is written at the
 end: each test's outcome, and what pymerge did.
 """
 
@@ -26,8 +27,8 @@ def pytest_configure(config: Any) -> None:
         return
     from pymerge.integrations import mergekit
 
-    if MODE == "executor":
-        mergekit.redirect()
+    if MODE in ("engine", "executor"):
+        mergekit.redirect(whole=MODE == "engine")
     elif MODE == "methods":
         mergekit.install()
     else:
@@ -44,7 +45,7 @@ def pytest_sessionfinish() -> None:
     if place is None:
         return
     content: dict[str, Any] = {"outcomes": OUTCOMES}
-    if MODE == "executor":
+    if MODE in ("engine", "executor"):
         from pymerge.integrations import mergekit
 
         content["lowered"] = mergekit.TALLY.as_dict()
