@@ -47,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--method", default="ties")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--numerics", choices=("accurate", "mergekit"), default="accurate")
+    parser.add_argument("--memory", default="1GiB", help="budget of our command")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--repeat-host", action="store_true", help="mergekit in every round")
     parser.add_argument("--dir", type=Path, default=BENCH / "work", help="where the data goes")
@@ -60,7 +61,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     recipe = write_recipe(arguments.method, work, arguments.models, arguments.dtype).recipe
     programs = PEER_ENVIRONMENT / "bin"
     host = [programs / "mergekit-yaml"]
-    ours = [programs / "pymerge", "run", "--numerics", arguments.numerics, "--", "mergekit-yaml"]
+    settings = ["--numerics", arguments.numerics, "--memory", arguments.memory]
+    ours = [programs / "pymerge", "run", *settings, "--", "mergekit-yaml"]
     folders = {"pymerge run": work / "out-ours", "mergekit": work / "out-theirs"}
     runs: dict[str, list[Usage]] = {name: [] for name in folders}
     agreement: dict[str, Any] = {}

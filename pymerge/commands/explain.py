@@ -16,6 +16,7 @@ from pymerge.commands.options import (
     RecipeArgument,
     StrictOption,
     ThreadsOption,
+    TruncateOption,
 )
 
 
@@ -38,6 +39,7 @@ def explain(
     allow_pickle: PickleOption = False,
     allow_missing: MissingOption = False,
     numerics: NumericsOption = "accurate",
+    truncate_embeddings: TruncateOption = False,
 ) -> None:
     """Explain what RECIPE does to TENSOR: parameters and where they come from, inputs, cost.
 
@@ -56,6 +58,7 @@ def explain(
         allow_pickle=allow_pickle,
         allow_missing=allow_missing,
         numerics=numerics,
+        truncate_embeddings=truncate_embeddings,
     )
     if as_json:
         typer.echo(json.dumps(explanation_data(explanation), indent=2))

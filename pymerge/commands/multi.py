@@ -17,6 +17,7 @@ from pymerge.commands.options import (
     ShardOption,
     StrictOption,
     ThreadsOption,
+    TruncateOption,
     this_command,
 )
 
@@ -49,6 +50,7 @@ def multi(
     allow_pickle: PickleOption = False,
     allow_missing: MissingOption = False,
     numerics: NumericsOption = "accurate",
+    truncate_embeddings: TruncateOption = False,
 ) -> None:
     """Merge a RECIPE of several documents, of which the later ones use the named ones as models."""
     from pymerge.multi import merge_documents
@@ -62,6 +64,7 @@ def multi(
         "allow_pickle": allow_pickle,
         "allow_missing": allow_missing,
         "numerics": numerics,
+        "truncate_embeddings": truncate_embeddings,
     }
     options: dict[str, Any] = {"overwrite": overwrite, "resume_hint": this_command()}
     if quiet:

@@ -12,6 +12,7 @@ from pymerge.commands.options import (
     NumericsOption,
     ThreadsOption,
 )
+from pymerge.commands.running import leave
 
 #: How the command reads its arguments: what follows the other program's name is that program's.
 RUN_SETTINGS = {"allow_interspersed_args": False}
@@ -37,11 +38,16 @@ def run(
     """Run mergekit-yaml, mergekit-multi or mergekit-pytorch with pymerge as the engine."""
     from pymerge.integrations.mergekit_command import run_command
 
-    run_command(
-        command,
-        numerics=numerics,
-        memory=memory,
-        threads=threads,
-        backend=backend,
-        force=force,
-    )
+    try:
+        run_command(
+            command,
+            numerics=numerics,
+            memory=memory,
+            threads=threads,
+            backend=backend,
+            force=force,
+        )
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise
+        leave(stop.code or 0)

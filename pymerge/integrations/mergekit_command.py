@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,7 +52,8 @@ def run_command(
     script = _script(Path(command[0]).name)
     # mergekit imports peft at once and uses it only for base+adapter; that import takes seconds.
     delay("peft")
-    main = _load(script)
+    with _without_collections():
+        main = _load(script)
     redirect(
         numerics=numerics,  # type: ignore[arg-type]
         memory=memory,
@@ -71,6 +74,17 @@ def run_command(
     finally:
         if TALLY.merges:
             LOG.info("pymerge: %s", TALLY.as_dict())
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """What importing makes stays: looking for garbage among it takes time and finds none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _load(script: Any) -> Any:
