@@ -38,6 +38,8 @@ from pymerge.ops.workspace import Workspace
 
 #: Inputs of tensors that are decided before the first of them is written.
 GROUP_BYTES = 256 << 20
+#: Tensors whose matrices are in memory at once.
+LANES = 2
 
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
@@ -151,19 +153,17 @@ class Driver:
             return answer(question.run(tensor), ask)
 
     def _groups(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Items that are decided together; those with matrices one by one."""
+        """Items that are decided together; those with matrices a few at a time."""
         group: list[Item] = []
-        num_bytes = 0
+        num_bytes, was_few = 0, False
         for item in items:
-            alone = self._has_matrices(item.tensor)
-            if group and (alone or num_bytes + item.num_bytes > GROUP_BYTES):
+            few = self._has_matrices(item.tensor)
+            is_full = len(group) == LANES if few else num_bytes + item.num_bytes > GROUP_BYTES
+            if group and (is_full or few != was_few):
                 yield group
                 group, num_bytes = [], 0
             group.append(item)
-            num_bytes += item.num_bytes
-            if alone:
-                yield group
-                group, num_bytes = [], 0
+            num_bytes, was_few = num_bytes + item.num_bytes, few
         if group:
             yield group
 
@@ -189,7 +189,8 @@ class Driver:
         sentences: Sequence[list[str]],
     ) -> list[Apply]:
         """What is to be written of each item. One with many tiles is looked at by all threads,
-        others by one thread each."""
+        others by one thread each; of matrices much is done on one thread, so that two go at once
+        and share the others."""
         applies: dict[int, Apply] = {}
 
         def one(parallel: bool, index: int) -> None:
@@ -200,7 +201,7 @@ class Driver:
                 tensor.workspace.settle()
 
         wide = [
-            len(each.tiles) > self._threads or self._has_matrices(item.tensor)
+            len(each.tiles) > self._threads and not self._has_matrices(item.tensor)
             for item, each in zip(items, inputs, strict=True)
         ]
         for index in range(len(items)):
