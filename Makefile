@@ -10,6 +10,8 @@ FUSIONBENCH_VERSION := 0.2.33
 MERGEKIT_VERSION := 0.1.5
 MERGEKIT_TESTS := .peers/mergekit-$(MERGEKIT_VERSION)
 DEMO_DIR ?= demo
+# Processes that the tests are shared among.
+JOBS ?= 2
 ASAN := build/asan
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 'CMakeLists.txt') \
                   CMakeLists.txt setup.py
@@ -22,7 +24,7 @@ CPP_SOURCES := $(filter %.cpp %.h %.cu,$(NATIVE_SOURCES))
 
 help:
 	@echo "make demo         train small models, merge them with every method, print the table"
-	@echo "make test         set up what is needed and run the tests"
+	@echo "make test         set up what is needed and run the tests (JOBS=4 for more processes than 2)"
 	@echo "make test-all     the slow tests too"
 	@echo "make dev          set up .venv with an editable install (PYTHON=python3.12 for another Python)"
 	@echo "make native       rebuild the extension"
@@ -61,10 +63,10 @@ demo: dev
 
 # The script, not python -m pytest: that would put this folder on sys.path, where ./kernels is importable.
 test: dev
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -n $(JOBS) -m "not slow"
 
 test-all: dev
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(JOBS)
 
 check: dev
 	$(BIN)/ruff check .

@@ -22,9 +22,10 @@ from pymerge.integrations import mergekit, mergekit_methods
 from pymerge.integrations.mergekit_files import STAGING, place_files
 from pymerge.integrations.mergekit_graph import Lowering, find_method
 from pymerge.integrations.mergekit_inputs import LeftToMergekit
-from pymerge.integrations.mergekit_methods import THEIRS, ours
+from pymerge.integrations.mergekit_methods import ours
 from pymerge.methods.stepwise.table import MODULES
 from pymerge.plan.model import Job
+from pymerge.recipe.names import MERGEKIT_METHODS
 
 
 class Inputs:
@@ -62,7 +63,7 @@ def task(models: str, base: str | None, shared: Any = (), **of_models: Any) -> A
 
 
 def lowered(method: str, inputs: Inputs, made_by: Any, dtype: str | None = None) -> Job:
-    found, numerics = find_method(method, "accurate", THEIRS)
+    found, numerics = find_method(method, "accurate", MERGEKIT_METHODS)
     return Lowering(found, numerics, inputs, 11).draft("w", made_by, dtype)  # type: ignore[arg-type]
 
 
@@ -145,14 +146,14 @@ def test_parameters_without_effect_in_mergekit_are_taken() -> None:
 
 
 def test_our_methods_and_theirs() -> None:
-    assert set(MODULES) == THEIRS
-    assert set(ours()).isdisjoint(THEIRS)
+    assert set(MODULES) == MERGEKIT_METHODS
+    assert set(ours()).isdisjoint(MERGEKIT_METHODS)
     assert {"wudi", "tsv_m", "iso_c", "pcb", "magmax"} <= set(ours())
     assert {"tall_masks", "smile", "fisher", "regmean"}.isdisjoint(ours())
-    assert find_method("magmax", "mergekit", THEIRS)[1] == "accurate"
-    assert find_method("linear", "mergekit", THEIRS)[1] == "mergekit"
+    assert find_method("magmax", "mergekit", MERGEKIT_METHODS)[1] == "accurate"
+    assert find_method("linear", "mergekit", MERGEKIT_METHODS)[1] == "mergekit"
     with pytest.raises(LeftToMergekit, match="no method 'other'"):
-        find_method("other", "accurate", THEIRS)
+        find_method("other", "accurate", MERGEKIT_METHODS)
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,12 +22,12 @@ from pymerge.integrations.mergekit_files import STAGING, host_folder, place_file
 from pymerge.integrations.mergekit_graph import MERGE, Lowering, find_method
 from pymerge.integrations.mergekit_inputs import Inputs, LeftToMergekit, kind_of
 from pymerge.integrations.mergekit_left import Made, Output, check_left
-from pymerge.integrations.mergekit_methods import THEIRS
 from pymerge.integrations.mergekit_run import Progress, assemble_jobs, seed_of_torch
 from pymerge.integrations.mergekit_tally import LOG, TALLY
 from pymerge.integrations.mergekit_vocabulary import tokenizer_of
 from pymerge.methods.numerics import Numerics
 from pymerge.plan.model import Job
+from pymerge.recipe.names import MERGEKIT_METHODS
 
 _SAVE = ("mergekit.io.tasks", "SaveTensor")
 _FINALIZE = ("mergekit.io.tasks", "FinalizeModel")
@@ -115,7 +115,7 @@ class _Executor:
         if len(names) != 1:
             found = ", ".join(names) or "no method that is known"
             raise LeftToMergekit(f"expected a merge by one method, found {found}")
-        method, numerics = find_method(names[0], self._settings.numerics, THEIRS)
+        method, numerics = find_method(names[0], self._settings.numerics, MERGEKIT_METHODS)
         if numerics != self._settings.numerics:
             LOG.warning("%s is pymerge's own method and computes in float32 throughout", names[0])
         return Lowering(method, numerics, Inputs(), seed_of_torch(numerics))

@@ -11,9 +11,9 @@ from pymerge.checkpoint import Checkpoint, TensorEntry, read_header
 from pymerge.errors import PlanError
 from pymerge.integrations.mergekit_graph import Lowering, copy_job
 from pymerge.integrations.mergekit_inputs import NO_NUMBERS
-from pymerge.integrations.mergekit_methods import THEIRS
 from pymerge.integrations.mergekit_tally import LOG
 from pymerge.plan.model import Job
+from pymerge.recipe.names import MERGEKIT_METHODS
 
 
 class Output(NamedTuple):
@@ -32,7 +32,7 @@ def check_left(reasons: Counter[str], lowering: Lowering) -> None:
     merged = {reason: count for reason, count in reasons.items() if reason != NO_NUMBERS}
     if not merged:
         return
-    if spec.name not in THEIRS:
+    if spec.name not in MERGEKIT_METHODS:
         found = "; ".join(f"{count} are {reason}" for reason, count in merged.items())
         raise PlanError(
             f"{spec.name} is pymerge's own method, so that mergekit cannot merge what pymerge does "

@@ -14,32 +14,8 @@ from pymerge.methods.numerics import Numerics
 from pymerge.methods.registry import METHODS, get_method
 from pymerge.methods.spec import MethodSpec, ParameterSpec
 from pymerge.names import listed
+from pymerge.recipe.names import MERGEKIT_METHODS
 
-#: The methods that both have.
-THEIRS = frozenset(
-    {
-        "arcee_fusion",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "dare_linear",
-        "dare_ties",
-        "della",
-        "della_linear",
-        "karcher",
-        "linear",
-        "model_stock",
-        "multislerp",
-        "nearswap",
-        "nuslerp",
-        "passthrough",
-        "ram",
-        "ramplus_tl",
-        "sce",
-        "slerp",
-        "task_arithmetic",
-        "ties",
-    }
-)
 _TYPES = {"float": float, "int": int, "bool": bool, "str": str}
 
 _replaced: dict[str, Any] = {}
@@ -53,7 +29,7 @@ def ours() -> tuple[str, ...]:
     return tuple(
         name
         for name, method in METHODS.items()
-        if name not in THEIRS and method.reads is None and not method.extras
+        if name not in MERGEKIT_METHODS and method.reads is None and not method.extras
     )
 
 
@@ -64,12 +40,12 @@ def replace_theirs(numerics: Numerics, names: Iterable[str] | None) -> tuple[str
     """
     from mergekit.merge_methods import registry
 
-    wanted = sorted(THEIRS) if names is None else list(names)
-    unknown = [name for name in wanted if name not in THEIRS]
+    wanted = sorted(MERGEKIT_METHODS) if names is None else list(names)
+    unknown = [name for name in wanted if name not in MERGEKIT_METHODS]
     if unknown:
         raise RecipeError(
             f"methods {listed(unknown)}: not methods that mergekit and pymerge both have; those "
-            f"are {listed(sorted(THEIRS))}"
+            f"are {listed(sorted(MERGEKIT_METHODS))}"
         )
     for name in wanted:
         theirs = _replaced.setdefault(name, registry.get(name))
