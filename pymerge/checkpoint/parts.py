@@ -21,9 +21,6 @@ class PartTensor(DerivedTensor):
     whole: DerivedTensor
     first: int
 
-    __eq__ = DerivedTensor.__eq__
-    __hash__ = DerivedTensor.__hash__
-
     @property
     def scratch_blocks(self) -> int:
         return self.whole.scratch_blocks
@@ -41,9 +38,6 @@ class PartTensor(DerivedTensor):
 @dataclass(frozen=True, eq=False)
 class JoinedTensor(DerivedTensor):
     """The elements of ``stored``, all of one format, one tensor after another."""
-
-    __eq__ = DerivedTensor.__eq__
-    __hash__ = DerivedTensor.__hash__
 
     @property
     def scratch_blocks(self) -> int:

@@ -33,9 +33,6 @@ class RowsTensor(DerivedTensor):
     means: NDArray[np.int32] = field(repr=False)
     stepwise: bool = False
 
-    __eq__ = DerivedTensor.__eq__
-    __hash__ = DerivedTensor.__hash__
-
     @property
     def row_elements(self) -> int:
         return self.num_elements // max(1, self.shape[0])

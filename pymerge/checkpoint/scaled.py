@@ -60,9 +60,6 @@ class ScaledTensor(DerivedTensor):
     block_rows: int
     block_columns: int
 
-    __eq__ = DerivedTensor.__eq__
-    __hash__ = DerivedTensor.__hash__
-
     @property
     def codes(self) -> TensorEntry:
         return self.stored[0]

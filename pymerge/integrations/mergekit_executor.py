@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pymerge.checkpoint import Checkpoint
-from pymerge.engine import run_plan
 from pymerge.integrations.mergekit_files import STAGING, host_folder, place_files
 from pymerge.integrations.mergekit_graph import MERGE, Lowering, find_method
 from pymerge.integrations.mergekit_inputs import Inputs, LeftToMergekit, kind_of
 from pymerge.integrations.mergekit_left import Made, Output, check_left
-from pymerge.integrations.mergekit_run import Progress, assemble_jobs, seed_of_torch
+from pymerge.integrations.mergekit_run import assemble_jobs, run_reported, seed_of_torch
 from pymerge.integrations.mergekit_tally import LOG, TALLY
 from pymerge.integrations.mergekit_vocabulary import tokenizer_of
 from pymerge.methods.numerics import Numerics
@@ -196,23 +195,7 @@ class _Executor:
             threads=self._settings.threads,
             backend=self._settings.backend,
         )
-        for sentence in plan.warnings:
-            LOG.warning("%s", sentence)
-        with Progress(quiet) as progress:
-            # As mergekit, which never waits for the device; past the page cache, which is faster.
-            report = run_plan(
-                plan,
-                out / STAGING,
-                side_files={},
-                overwrite=True,
-                sync=False,
-                drop_cache=True,
-                progress=progress,
-            )
-        for sentence in report.warnings[len(plan.warnings) :]:
-            LOG.warning("%s", sentence)
-        for name, count in report.nonfinite.items():
-            LOG.warning("%s: %d elements are NaN or infinite", name, count)
+        run_reported(plan, out / STAGING, side_files={}, quiet=quiet)
 
 
 def _sort(targets: Sequence[Any]) -> _Graph:

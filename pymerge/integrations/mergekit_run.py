@@ -9,9 +9,11 @@ from typing import Any
 
 from pymerge.api import READERS, default_memory
 from pymerge.checkpoint import Checkpoint
+from pymerge.engine import run_plan
 from pymerge.engine.events import Snapshot
 from pymerge.errors import PlanError
 from pymerge.integrations.mergekit_graph import Lowering
+from pymerge.integrations.mergekit_tally import LOG
 from pymerge.machine import compute_threads
 from pymerge.methods.numerics import Numerics
 from pymerge.plan.assemble import Drafted, assemble
@@ -96,6 +98,29 @@ def seed_of_torch(numerics: Numerics = "accurate") -> int:
 
     seed = torch.initial_seed()
     return 0 if seed == _TORCH_DEFAULT_SEED and numerics == "accurate" else seed
+
+
+def run_reported(plan: Plan, out: Path, *, side_files: Mapping[str, bytes], quiet: bool) -> None:
+    """Run a plan as mergekit would run a merge: a bar, and warnings in its log.
+
+    Like mergekit it does not wait for the device; it writes past the page cache, which is faster.
+    """
+    for sentence in plan.warnings:
+        LOG.warning("%s", sentence)
+    with Progress(quiet) as progress:
+        report = run_plan(
+            plan,
+            out,
+            side_files=side_files,
+            overwrite=True,
+            sync=False,
+            drop_cache=True,
+            progress=progress,
+        )
+    for sentence in report.warnings[len(plan.warnings) :]:
+        LOG.warning("%s", sentence)
+    for name, count in report.nonfinite.items():
+        LOG.warning("%s: %d elements are NaN or infinite", name, count)
 
 
 class Progress:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge import api
-from pymerge.engine import run_plan
 from pymerge.errors import BackendError, PlanError, RecipeError
 from pymerge.integrations.mergekit_executor import Settings
 from pymerge.integrations.mergekit_recipe import (
@@ -20,7 +19,7 @@ from pymerge.integrations.mergekit_recipe import (
     notes,
     plan_on,
 )
-from pymerge.integrations.mergekit_run import Progress, left_of, seed_of_torch
+from pymerge.integrations.mergekit_run import left_of, run_reported, seed_of_torch
 from pymerge.integrations.mergekit_tally import LOG, TALLY
 from pymerge.methods import specs
 from pymerge.sizes import MAX_BYTES
@@ -83,23 +82,9 @@ def _merge(
         tokenizer=options.copy_tokenizer,
         source=(source or merge_config.to_yaml()).encode(),
     )
-    for sentence in (*notes(_beyond_defaults(options)), *planned.warnings):
+    for sentence in notes(_beyond_defaults(options)):
         LOG.warning("%s", sentence)
-    with Progress(options.quiet) as progress:
-        # As mergekit, which never waits for the device; past the page cache, which is faster.
-        report = run_plan(
-            planned,
-            out,
-            side_files=files,
-            overwrite=True,
-            sync=False,
-            drop_cache=True,
-            progress=progress,
-        )
-    for sentence in report.warnings[len(planned.warnings) :]:
-        LOG.warning("%s", sentence)
-    for name, count in report.nonfinite.items():
-        LOG.warning("%s: %d elements are NaN or infinite", name, count)
+    run_reported(planned, out, side_files=files, quiet=options.quiet)
     TALLY.merges += 1
     TALLY.planned += 1
     TALLY.tensors += planned.num_tensors

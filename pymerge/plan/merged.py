@@ -17,9 +17,6 @@ class MergedTensor(DerivedTensor):
     job: Job
     method: Method
 
-    __eq__ = DerivedTensor.__eq__
-    __hash__ = DerivedTensor.__hash__
-
     @property
     def scratch_blocks(self) -> int:
         return self.job.num_inputs
